@@ -1,0 +1,1 @@
+"""One script per comparison with a peer, both sides in one run."""

@@ -1,0 +1,159 @@
+"""Claims of LLaMA, with the weights of SmolLM2-135M where real ones are needed.
+
+`smollm2_reference.json` holds what transformers computes in float32 from the same GGUF file: ten prompts, 64 greedy
+tokens each and their two best logits. `python -m benchmarks._llama_reference` records it again.
+
+Training past Chinchilla's optimum (the paper's own headline) is a claim about scale and is not made here: see
+`scaling_laws` for what can be measured of it on a laptop.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from canon.core.data import text
+from canon.core.data.corpora import validation_loss
+from canon.core.data.tokens import TokenBatches
+from canon.core.hub.llama_layouts import pairs_to_halves
+from canon.core.lab import Lab, Measurement, claim
+from canon.core.training.fit import TrainingConfig, fit
+from canon.language import gpt2, llama
+from canon.language.llama.model import rotate, rotations
+
+ASSET = "smollm2-135m-instruct"
+
+
+def _cases() -> list[dict[str, Any]]:
+    return json.loads(Path(__file__).with_name("smollm2_reference.json").read_text(encoding="utf-8"))["cases"]
+
+
+@claim(
+    "A model read from 4-bit GGUF says what transformers says, token for token",
+    source="sheet 15 (1); float32, greedy, 10 prompts of 64 tokens, end of text excluded on both sides",
+    passes="tokenizer_errors == 0 and token_errors == 0 and logit_error < 1e-3",
+    seeds=1,
+    minutes=0.5,
+)
+def speaks_as_transformers(lab: Lab, sabotage: bool = False) -> Measurement:
+    """Greedy decoding is checked in one pass: every recorded token must be the likeliest after those before it.
+
+    Sabotage: queries and keys in Hugging Face's order of rows, rotated in the paper's, the mistake that still trains.
+    """
+    model, tokenizer = llama.from_pretrained(ASSET, "exact")
+    assert tokenizer is not None
+    c = model.config
+    if sabotage:
+        for name, weight in model.named_parameters():
+            if name.endswith("qkv.weight"):
+                q, k, v = weight.data.split([n * c.d_head for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
+                weight.data = torch.cat([pairs_to_halves(q, c.d_head), pairs_to_halves(k, c.d_head), v])
+    tokenizer_errors = token_errors = 0
+    logit_error = 0.0
+    for case in _cases():
+        tokenizer_errors += tokenizer.encode(case["prompt"]) != case["tokens"]
+        tokens, new = case["tokens"], case["new_tokens"]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens + new[:-1]]))[0, len(tokens) - 1 :]
+        logits[:, tokenizer.eot] = -torch.inf
+        best = logits.topk(2)
+        token_errors += int((best.indices[:, 0] != torch.tensor(new)).sum())
+        logit_error = max(logit_error, float((best.values - torch.tensor(case["best_logits"])).abs().max()))
+    return Measurement(tokenizer_errors=tokenizer_errors, token_errors=token_errors, logit_error=logit_error)
+
+
+@claim(
+    "Decoding on packed 4-bit weights differs from float32 only where the two best tokens are all but equal",
+    source="sheet 15 (1); the fast mode of `canon chat`",
+    passes="largest_gap_of_a_difference < 0.3 and agreement > 0.97",
+    seeds=1,
+    minutes=0.3,
+)
+def packing_changes_only_ties(lab: Lab, sabotage: bool = False) -> Measurement:
+    """The recorded texts, prompt at once and then token by token. Sabotage: the rotations' sine has the wrong sign."""
+    model, tokenizer = llama.from_pretrained(ASSET, "fast")
+    assert tokenizer is not None
+    if sabotage:
+        model.rotation[..., 1].neg_()
+    agreed, gaps = [], [0.0]
+    for case in _cases()[:: 1 if model.fused else 5]:
+        cache = model.new_cache(1, 256)
+        with torch.no_grad():
+            if len(case["tokens"]) > 1:
+                model(torch.tensor([case["tokens"][:-1]]), cache, last_only=True)
+            for token, new, (first, second) in zip(
+                [case["tokens"][-1], *case["new_tokens"]], case["new_tokens"], case["best_logits"]
+            ):
+                logits = model(torch.tensor([[token]]), cache)[0, -1]
+                logits[tokenizer.eot] = -torch.inf
+                agreed.append(int(logits.argmax()) == new)
+                if not agreed[-1]:
+                    gaps.append(first - second)
+    return Measurement(largest_gap_of_a_difference=max(gaps), agreement=np.mean(agreed))
+
+
+@claim(
+    "Turning neighbours and turning halves are one model, up to the order of the rows of W_q and W_k",
+    source="sheet 15 (2); RoFormer Eq. 34 and Hugging Face's `rotate_half`",
+    passes="score_error < 1e-5",
+    seeds=3,
+    minutes=0.02,
+)
+def two_orders_one_model(lab: Lab, sabotage: bool = False) -> Measurement:
+    """Scores q k^T of random weights in both orders, largest difference. Sabotage: the rows are left as they are."""
+    d_head, heads, time = 16, 3, 20
+    x = torch.randn(time, 32)
+    rotation = rotations(d_head, time, 10_000.0)
+    cos, sin = (part.repeat(1, 2) for part in rotation.unbind(-1))
+
+    def turn_halves(y: Tensor) -> Tensor:
+        left, right = y.chunk(2, dim=-1)
+        return y * cos + torch.cat([-right, left], dim=-1) * sin
+
+    def heads_of(weight: Tensor) -> Tensor:
+        return (x @ weight.T).unflatten(-1, (heads, d_head)).transpose(0, 1)[None]
+
+    w_q, w_k = torch.randn(2, heads * d_head, 32) / 32**0.5
+    ours = rotate(heads_of(w_q), rotation) @ rotate(heads_of(w_k), rotation).mT
+    permuted = [weight if sabotage else pairs_to_halves(weight, d_head) for weight in (w_q, w_k)]
+    theirs = turn_halves(heads_of(permuted[0])) @ turn_halves(heads_of(permuted[1])).mT
+    return Measurement(score_error=(ours - theirs).abs().max())
+
+
+@claim(
+    "LLaMA's block learns better than GPT-2's at equal parameters and tokens",
+    source="§2.2, sheet 15 (3): RMSNorm, SwiGLU and rotary positions against LayerNorm, GELU and learned positions",
+    passes="gain > 0",
+    seeds=3,
+    minutes=8,
+)
+def modern_block(lab: Lab, sabotage: bool = False) -> Measurement:
+    """Bytes of Python's standard library, 1.2 M tokens, both models with the same optimiser and learning rate.
+
+    ``gain`` is the relative difference of the validation losses. Sabotage: LLaMA's rotations are the identity, so it
+    knows no positions.
+    """
+    source = np.frombuffer(text.standard_library().encode(), np.uint8)
+    cut = int(0.9 * len(source))
+    recipe = TrainingConfig(
+        steps=300, batch_size=32, learning_rate=2e-3, warmup_steps=30, weight_decay=0.1, seed=lab.seed
+    )
+    modern = llama.build(
+        # 3 * 128 * 342 = 8 * 128^2: as many parameters as GPT-2's two matrices of 4 d_model
+        llama.Config(256, 128, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=342, tied=True, training=recipe)
+    )
+    older = gpt2.build(gpt2.Config(256, 128, d_model=128, n_layers=4, n_heads=4, dropout=0.0, training=recipe))
+    if sabotage:
+        modern.rotation[:] = torch.tensor([1.0, 0.0])
+    losses, sizes = [], []
+    for name, model in (("llama", modern), ("gpt2", older)):
+        batches = TokenBatches(source[:cut], 128, recipe.batch_size, seed=lab.seed)
+        fit(model, batches, lab.stage(name), recipe)
+        losses.append(validation_loss(model, source[cut:], 128, windows=512))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    return Measurement(
+        gain=1 - losses[0] / losses[1], llama=losses[0], gpt2=losses[1], parameters_ratio=sizes[0] / sizes[1]
+    )

@@ -1,0 +1,1 @@
+"""What the systems share. Nothing here knows any system."""

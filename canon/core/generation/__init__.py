@@ -1,0 +1,1 @@
+"""How models speak and draw: autoregressive decoding, constrained decoding, beam search."""

@@ -1,0 +1,1 @@
+"""Large language models, in the reading list's order."""

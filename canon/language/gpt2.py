@@ -1,0 +1,342 @@
+"""GPT-2: Language Models are Unsupervised Multitask Learners (Radford et al., 2019).
+
+Paper: https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
+Lecture: "Let's build GPT: from scratch, in code, spelled out" (Karpathy, 2023) and its repository nanoGPT.
+
+The idea. A Transformer decoder that only ever learns to predict the next token of text, p(x) = prod_t p(x_t | x_<t),
+learns many tasks on the way, because text contains demonstrations of them. Tokens are byte-level BPE, so that any
+string can be scored. Blocks normalise their input instead of their output, which keeps the residual path clean and
+deep stacks trainable.
+
+Faithful. Pre-LN blocks and a final LayerNorm, GELU (tanh form), learned positions, fused query-key-value projection,
+head tied to the token embedding, N(0, 0.02) initialisation with residual projections scaled by 1/sqrt(2 n_layers),
+byte-level BPE; AdamW with decay on matrices only, clipping at 1, warm-up and cosine decay; the four published sizes.
+
+Scaled down. `laptop` models the characters of Shakespeare; `tinylm` is a BPE model of a few million parameters that
+later systems fine-tune. Both train with Muon on the hidden matrices, which learns faster at this size.
+
+Deviations.
+    paper                        ours                                  why
+    optimiser not stated         AdamW as nanoGPT's; Muon in `laptop`  the paper gives no recipe; measured faster
+
+Run. `canon run gpt2`
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from canon.core.data.corpora import Corpus, CorpusName, TokenizerName, load_corpus, validation_loss
+from canon.core.data.tokenizers import Tokenizer, load_tokenizer
+from canon.core.data.tokens import TokenBatches
+from canon.core.errors import UserError
+from canon.core.generation.cache import KVCache
+from canon.core.generation.decode import Sampling, generate
+from canon.core.hub.pretrained import load_pretrained, save_pretrained
+from canon.core.lab import Run
+from canon.core.nn.attention import causal_attention
+from canon.core.training.fit import TrainingConfig, fit
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape and training of a GPT-2."""
+
+    vocab_size: int = 50_257
+    """Number of tokens."""
+    context_length: int = 1024
+    """Longest sequence in tokens."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    n_layers: int = 12
+    """Number of blocks."""
+    n_heads: int = 12
+    """Attention heads a block."""
+    dropout: float = 0.1
+    """Dropout on embeddings, attention weights and residual branches."""
+    corpus: CorpusName = "mixture"
+    """What it learns from: shakespeare, standard_library (Python's source) or a mixture of English and Python."""
+    tokenizer: TokenizerName = "gpt2"
+    """characters, a byte-level bpe of vocab_size trained on the corpus, or the published gpt2 vocabulary."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it learns."""
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
+
+
+def _published(n_layers: int, d_model: int, n_heads: int, learning_rate: float) -> Config:
+    # nanoGPT's recipe for 124M on OpenWebText; the larger sizes take GPT-3's learning rates (Table 2.1) at their width.
+    recipe = TrainingConfig(
+        steps=600_000,
+        batch_size=480,
+        accumulation=40,
+        learning_rate=learning_rate,
+        warmup_steps=2_000,
+        weight_decay=0.1,
+    )
+    return Config(n_layers=n_layers, d_model=d_model, n_heads=n_heads, dropout=0.0, training=recipe)
+
+
+PRESETS = {
+    "laptop": Config(
+        vocab_size=77,
+        context_length=128,
+        d_model=192,
+        n_layers=4,
+        n_heads=3,
+        dropout=0.0,
+        corpus="shakespeare",
+        tokenizer="characters",
+        training=TrainingConfig(
+            steps=1000,
+            batch_size=8,
+            learning_rate=0.016,
+            schedule="linear",
+            warmup_steps=30,
+            final_fraction=0.0,
+            optimizer="muon",
+            weight_decay=0.1,
+            evaluate_every=250,
+        ),
+    ),
+    "tinylm": Config(
+        vocab_size=4096,
+        context_length=256,
+        d_model=256,
+        n_layers=4,
+        n_heads=4,
+        dropout=0.0,
+        corpus="mixture",
+        tokenizer="bpe",
+        training=TrainingConfig(
+            steps=3_000,
+            batch_size=32,
+            learning_rate=3e-3,
+            optimizer="muon",
+            warmup_steps=100,
+            weight_decay=0.1,
+        ),
+    ),
+    "gpt2-124m": _published(12, 768, 12, 6e-4),
+    "gpt2-355m": _published(24, 1024, 16, 3e-4),
+    "gpt2-774m": _published(36, 1280, 20, 2.5e-4),
+    "gpt2-1.5b": _published(48, 1600, 25, 2e-4),
+}
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with one fused query-key-value projection."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self, x: Float[Tensor, "batch time d_model"], cache: KVCache | None = None, layer: int = 0
+    ) -> Float[Tensor, "batch time d_model"]:
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_heads).unbind()
+        if cache is not None:
+            y = cache.attend(layer, q, k, v)
+        else:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Position-wise network of width 4 d_model with GELU in its tanh form (Hendrycks and Gimpel, 2016)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up = nn.Linear(config.d_model, 4 * config.d_model)
+        self.out = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time d_model"]:
+        return self.out(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): normalisation moved to the input (section 2.3)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Float[Tensor, "batch time d_model"], cache: KVCache | None = None, layer: int = 0
+    ) -> Float[Tensor, "batch time d_model"]:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, layer))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class GPT2(nn.Module):
+    """The language model: tokens in, next-token logits out."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.d_model)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Attention | FeedForward):
+            # "scale the weights of residual layers at initialization by 1/sqrt(N)", N residual layers (section 2.3)
+            nn.init.normal_(module.out.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
+
+    def forward(
+        self, tokens: Int[Tensor, "batch time"], cache: KVCache | None = None, last_only: bool = False
+    ) -> Float[Tensor, "batch predicted vocab"]:
+        """Logits of the next token at every position (at the last one only with ``last_only``).
+
+        With a ``cache`` the tokens continue what it holds, and their keys and values are added to it.
+        """
+        time = tokens.shape[1]
+        positions = torch.arange(time, device=tokens.device) if cache is None else cache.positions(time)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.advance(time)
+        x = self.final_norm(x[:, -1:] if last_only else x)
+        return F.linear(x, self.token_embedding.weight)  # the head is the embedding, transposed
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """Mean cross-entropy in nats a token of ``batch["tokens"]`` (batch, time + 1), each predicting the next."""
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        loss = F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
+        return loss, {"tokens": targets.numel()}
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """Empty key and value memory for ``batch`` sequences of at most ``max_length`` tokens."""
+        c, weight = self.config, self.token_embedding.weight
+        max_length = min(max_length, c.context_length)
+        return KVCache(c.n_layers, batch, c.n_heads, max_length, c.d_model // c.n_heads, weight.dtype, weight.device)
+
+
+# Published name -> ours. The published projections are stored transposed ("Conv1D"), hence the T.
+NAMES = {
+    "wte.weight": "token_embedding.weight",
+    "wpe.weight": "position_embedding.weight",
+    "h.{i}.ln_1.weight": "blocks.{i}.attention_norm.weight",
+    "h.{i}.ln_1.bias": "blocks.{i}.attention_norm.bias",
+    "h.{i}.attn.c_attn.weight": ("blocks.{i}.attention.qkv.weight", "T"),
+    "h.{i}.attn.c_attn.bias": "blocks.{i}.attention.qkv.bias",
+    "h.{i}.attn.c_proj.weight": ("blocks.{i}.attention.out.weight", "T"),
+    "h.{i}.attn.c_proj.bias": "blocks.{i}.attention.out.bias",
+    "h.{i}.ln_2.weight": "blocks.{i}.feed_forward_norm.weight",
+    "h.{i}.ln_2.bias": "blocks.{i}.feed_forward_norm.bias",
+    "h.{i}.mlp.c_fc.weight": ("blocks.{i}.feed_forward.up.weight", "T"),
+    "h.{i}.mlp.c_fc.bias": "blocks.{i}.feed_forward.up.bias",
+    "h.{i}.mlp.c_proj.weight": ("blocks.{i}.feed_forward.out.weight", "T"),
+    "h.{i}.mlp.c_proj.bias": "blocks.{i}.feed_forward.out.bias",
+    "ln_f.weight": "final_norm.weight",
+    "ln_f.bias": "final_norm.bias",
+    "h.{i}.attn.bias": None,  # stored causal masks
+    "h.{i}.attn.masked_bias": None,
+}
+
+
+def build(config: Config) -> GPT2:
+    """A GPT-2 with fresh weights."""
+    torch.manual_seed(config.training.seed)
+    return GPT2(config)
+
+
+def batches(config: Config) -> TokenBatches:
+    """Training batches of the configured corpus."""
+    return _batches(config, _corpus(config))
+
+
+def train(config: Config, run: Run) -> GPT2:
+    """Train on the configured corpus; goes on where the run was stopped. The loss is in nats a token."""
+    corpus = _corpus(config)
+    model = build(config)
+    save_pretrained(model, config, run.path / "model", system="gpt2", tokenizer=corpus.tokenizer)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"validation_loss": validation_loss(model, corpus.validation, config.context_length, windows=256)}
+
+    return fit(model, _batches(config, corpus), run, config.training, evaluate=evaluate)
+
+
+def sample(
+    model: GPT2,
+    run: Run,
+    prompt: str = "\n",
+    *,
+    max_tokens: int = 400,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """Text that continues ``prompt``; kept among the run's samples.
+
+    Args:
+        model: a trained model.
+        run: the run that trained it, which holds its tokenizer.
+        prompt: what to continue; it is part of the result.
+        max_tokens: at most so many new tokens, and no more than the context has room for.
+        temperature: 0 always takes the likeliest token, 1 samples from the model's distribution.
+        top_k: sample from the k likeliest tokens only; 0 from all.
+        top_p: sample from the likeliest tokens that hold this much probability.
+        seed: another seed, another text.
+    """
+    tokenizer = load_tokenizer(run.path / "model")
+    tokens = tokenizer.encode(prompt)
+    room = model.config.context_length - len(tokens)
+    sampling = Sampling(max_tokens=min(max_tokens, room), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    text = prompt + generate(model, [tokens], sampling, tokenizer=tokenizer)[0].text
+    run.text(f"sample from {prompt!r}" if prompt.strip() else "sample", text)
+    return text
+
+
+def from_pretrained(source: str | Path) -> tuple[GPT2, Tokenizer | None]:
+    """A trained GPT-2 and its tokenizer, from a folder of ours, or in the published layout (``openai-community/gpt2``).
+
+    Raises:
+        UserError: there is nothing there, it is damaged, or it is not a GPT-2.
+    """
+    tied = {"lm_head.weight": "wte.weight"}
+    return load_pretrained(source, "gpt2", Config, GPT2, NAMES, _from_published, tied=tied)
+
+
+def _from_published(settings: dict[str, Any]) -> Config:
+    return Config(
+        vocab_size=settings["vocab_size"],
+        context_length=settings["n_positions"],
+        d_model=settings["n_embd"],
+        n_layers=settings["n_layer"],
+        n_heads=settings["n_head"],
+        dropout=settings.get("resid_pdrop", 0.1),
+    )
+
+
+def _corpus(config: Config) -> Corpus:
+    return load_corpus(config.corpus, config.tokenizer, config.vocab_size)
+
+
+def _batches(config: Config, corpus: Corpus) -> TokenBatches:
+    return TokenBatches(corpus.train, config.context_length, config.training.batch_size, config.training.seed)

@@ -1,0 +1,82 @@
+"""What every system of the catalog must do, on its laptop preset with real data."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from canon.catalog import entries
+from canon.core.lab.run import Run
+from canon.core.training.fit import fit
+
+SYSTEMS = {entry.id: entry.system for entry in entries() if entry.system}
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request):
+    """(name, module, laptop config shortened to four fp32 steps)."""
+    module = importlib.import_module(SYSTEMS[request.param])
+    config = module.PRESETS["laptop"]
+    recipe = dataclasses.replace(
+        config.training,
+        steps=4,
+        batch_size=4,
+        accumulation=1,
+        precision="fp32",
+        log_every=1,
+        evaluate_every=0,
+        checkpoint_every=1e9,
+    )
+    return request.param, module, dataclasses.replace(config, training=recipe)
+
+
+def trained(system, folder, die_after: int | None = None) -> torch.nn.Module:
+    name, module, config = system
+    run = Run(folder, config)
+    run.quiet = True
+    model, batches = module.build(config), module.batches(config)
+    if die_after is None:
+        return fit(model, batches, run, config.training)
+    config = dataclasses.replace(config.training, checkpoint_every=0)
+    real, calls = model.loss, 0
+
+    def loss(batch):
+        nonlocal calls
+        calls += 1
+        if calls > die_after * config.accumulation:
+            raise KeyboardInterrupt
+        return real(batch)
+
+    model.loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, batches, run, config)
+    return model
+
+
+def test_every_parameter_gets_a_gradient(system):
+    name, module, config = system
+    model = module.build(config).train()
+    model.loss(next(module.batches(config)))[0].backward()
+    for key, p in model.named_parameters():
+        assert p.grad is not None, f"{key} gets no gradient"
+        assert p.grad.abs().max() > 0, f"{key} has a zero gradient"
+
+
+def test_saved_and_loaded_weights_are_bitwise_equal(system, tmp_path):
+    from canon.core.hub.pretrained import save_pretrained
+
+    name, module, config = system
+    model = module.build(config)
+    save_pretrained(model, config, tmp_path, system=name)
+    loaded, *_ = module.from_pretrained(tmp_path)
+    for (key, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(system, tmp_path):
+    straight = trained(system, tmp_path / "straight")
+    trained(system, tmp_path / "broken", die_after=2)
+    resumed = trained(system, tmp_path / "broken")
+    for (key, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key

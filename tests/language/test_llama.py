@@ -1,0 +1,344 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from canon.core import native
+from canon.core.data import assets, text
+from canon.core.errors import UserError
+from canon.core.generation.decode import Sampling, generate
+from canon.core.hub import llama_layouts as layouts
+from canon.core.hub.gguf import GGUF
+from canon.core.hub.pretrained import save_pretrained
+from canon.core.hub.tokenizer import gguf_tokenizer
+from canon.core.nn import fused
+from canon.core.nn.quantized import PackedMatrix
+from canon.language import llama
+from canon.language.llama.model import RMSNorm, rotate, rotations
+
+HF = transformers.models.llama.modeling_llama
+SIZES = {
+    "vocab_size": 96, "context_length": 64, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96,
+    "norm_eps": 1e-5,
+}  # fmt: skip
+needs_compiler = pytest.mark.skipif(fused.library() is None, reason="no C compiler")
+
+
+def hugging_face(tied: bool = False, n_kv_heads: int = 2) -> transformers.LlamaForCausalLM:
+    config = transformers.LlamaConfig(
+        vocab_size=96, max_position_embeddings=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=n_kv_heads, intermediate_size=96, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(("tied", "n_kv_heads"), [(False, 2), (True, 2), (False, 4)])
+def test_outputs_loss_and_gradients_equal_transformers(tmp_path: Path, tied: bool, n_kv_heads: int):
+    reference = hugging_face(tied, n_kv_heads)
+    reference.save_pretrained(tmp_path)
+    ours, tokenizer = llama.from_pretrained(tmp_path)
+    tokens = torch.randint(96, (3, 33))
+    assert tokenizer is None
+    assert ours.config.tied is tied
+    expected = reference(tokens[:, :-1]).logits
+    torch.testing.assert_close(ours(tokens[:, :-1]), expected, rtol=0, atol=1e-4)
+    loss, metrics = ours.loss({"tokens": tokens})
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected_loss)
+    assert metrics["tokens"] == 96
+    loss.backward()
+    expected_loss.backward()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.copy_(p.grad)
+    gradients = llama.to_hugging_face(ours)
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_weights_go_back_to_hugging_face_unchanged(tmp_path: Path):
+    reference = hugging_face()
+    reference.save_pretrained(tmp_path)
+    published = llama.to_hugging_face(llama.from_pretrained(tmp_path)[0])
+    assert published.keys() == reference.state_dict().keys()
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(published[name], weight), name
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_metas_release_is_the_same_model(tmp_path: Path, shards: int):
+    """Its names, its order of rows (neighbours are turned), its split over files."""
+    reference = hugging_face()
+    meta, state = {}, reference.state_dict()
+    ours_to_hf, ours_to_meta = layouts.names(2, False, "hugging_face"), layouts.names(2, False, "meta")
+    for ours, parts in ours_to_hf.items():
+        for hf_name, meta_name in zip(parts, ours_to_meta[ours]):
+            turned = hf_name.endswith(("q_proj.weight", "k_proj.weight"))
+            weight = state[hf_name]
+            if turned:  # each head's rows 0, 16, 1, 17, ... one by one, independently of halves_to_pairs
+                order = [
+                    head * 16 + half * 8 + i for head in range(len(weight) // 16) for i in range(8) for half in (0, 1)
+                ]
+                weight = weight[order]
+            meta[meta_name] = weight
+    folder = tmp_path / "meta"
+    folder.mkdir()
+    (folder / "params.json").write_text(
+        json.dumps({"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1})
+    )
+    for shard in range(shards):
+
+        def part(name: str, weight: Tensor, shard: int = shard) -> Tensor:
+            if weight.dim() == 1:
+                return weight
+            by_columns = any(key in name for key in ("tok_embeddings", "wo.", "w2."))
+            return weight.chunk(shards, dim=1 if by_columns else 0)[shard].clone()
+
+        torch.save({name: part(name, w) for name, w in meta.items()}, folder / f"consolidated.{shard:02}.pth")
+    tokens = torch.randint(96, (2, 20))
+    ours, _ = llama.from_pretrained(folder)
+    torch.testing.assert_close(ours(tokens), reference(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_permutation_both_ways():
+    weight = torch.randn(48, 8)
+    pairs = layouts.halves_to_pairs(weight, 16)
+    assert torch.equal(layouts.pairs_to_halves(pairs, 16), weight)
+    assert torch.equal(pairs[:4], weight[[0, 8, 1, 9]])
+
+
+def test_units_equal_transformers():
+    x = torch.randn(2, 5, 32)
+    ours, theirs = RMSNorm(32, 1e-5), HF.LlamaRMSNorm(32, 1e-5)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight.normal_())
+    torch.testing.assert_close(ours(x), theirs(x))
+
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    theirs = HF.LlamaMLP(config)
+    ours = llama.model.FeedForward(replace(llama.Config(), d_model=32, d_ff=64))
+    with torch.no_grad():
+        ours.gate_up.weight.copy_(torch.cat([theirs.gate_proj.weight, theirs.up_proj.weight]))
+        ours.down.weight.copy_(theirs.down_proj.weight)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+    q = torch.randn(2, 2, 5, 16)  # theirs turns halves; the same numbers as pairs
+    cos, sin = HF.LlamaRotaryEmbedding(config)(x, torch.arange(5)[None])
+    turned, _ = HF.apply_rotary_pos_emb(q, q, cos, sin)
+    as_pairs: Callable[[Tensor], Tensor] = lambda y: y.unflatten(-1, (2, 8)).transpose(-1, -2).flatten(-2)  # noqa: E731
+    torch.testing.assert_close(rotate(as_pairs(q), rotations(16, 5, 10_000.0)), as_pairs(turned))
+
+
+def test_rotation_is_the_papers_complex_product_and_depends_on_distance_only():
+    x = torch.randn(1, 2, 7, 16)
+    rotation = rotations(16, 32, 10_000.0)
+    complex_product = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(rotation[:7])
+    torch.testing.assert_close(rotate(x, rotation[:7]), torch.view_as_real(complex_product).flatten(-2))
+    q, k = x[:, :, :1], x[:, :, 1:2]
+    at = lambda i, j: (rotate(q, rotation[i : i + 1]) * rotate(k, rotation[j : j + 1])).sum(-1)  # noqa: E731
+    torch.testing.assert_close(at(3, 8), at(20, 25))
+    assert (at(3, 8) - at(3, 9)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"), [("6.7b", 6.7), ("13b", 13.0), ("32.5b", 32.5), ("65.2b", 65.2), ("smollm2-135m", 0.135)]
+)
+def test_published_sizes(preset: str, billions: float):
+    config = llama.PRESETS[preset]
+    with torch.device("meta"):
+        model = llama.Llama(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+
+
+def test_feed_forward_width_of_the_published_sizes():
+    assert [llama.feed_forward_width(d) for d in (4096, 5120, 6656, 8192)] == [11008, 13824, 17920, 22016]
+
+
+def test_cache_equals_the_full_forward():
+    model = llama.Llama(llama.Config(**SIZES)).eval()
+    tokens = torch.randint(96, (3, 20))
+    with torch.no_grad():
+        full = model(tokens)
+        cache = model.new_cache(3, 20)
+        parts = [model(part, cache) for part in tokens.split([7, 1, 1, 5, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-5)
+        cache.rewind([4, 4, 4])
+        torch.testing.assert_close(model(tokens[:, 4:9], cache, last_only=True), full[:, 8:9], rtol=0, atol=1e-5)
+
+
+def test_ours_saves_and_loads(tmp_path: Path):
+    model = llama.Llama(replace(llama.Config(**SIZES), tied=True))
+    save_pretrained(model, model.config, tmp_path, system="llama")
+    again, _ = llama.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert again.head.weight is again.token_embedding.weight
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+
+
+# --- GGUF and the packed path -----------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, kind: str, head: bool = False, **metadata: float) -> Path:
+    """A small random LLaMA whose matrices are of one type."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(128)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(192)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    for key, value in metadata.items():
+        writer.add_float32(key, value)
+    pieces = ["<s>", *map(chr, range(33, 126)), "Ġ", '!"']
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(pieces)
+    writer.add_token_merges(['! "'])
+    writer.add_token_types([3, *[1] * 95])
+    writer.add_eos_token_id(0)
+    quantised = gguf.GGMLQuantizationType[kind]
+
+    def add(name: str, rows: int, columns: int, kind: gguf.GGMLQuantizationType = quantised) -> None:
+        weight = rng.normal(0, 0.08, (rows, columns)).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+
+    add("token_embd.weight", 96, 128, gguf.GGMLQuantizationType.Q8_0)
+    if head:
+        add("output.weight", 96, 128)
+    writer.add_tensor("output_norm.weight", rng.normal(1, 0.1, 128).astype(np.float32))
+    shapes = {"attn_q": (128, 128), "attn_k": (64, 128), "attn_v": (64, 128), "attn_output": (128, 128)}
+    shapes |= {"ffn_gate": (192, 128), "ffn_up": (192, 128), "ffn_down": (128, 192)}
+    for i in range(2):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", rng.normal(1, 0.1, 128).astype(np.float32))
+        for name, shape in shapes.items():
+            add(f"blk.{i}.{name}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_packed_matrix_equals_the_references_dequantisation(tmp_path: Path, kind: str):
+    path = write_gguf(tmp_path / "model.gguf", kind)
+    tensor = GGUF(path).tensors["blk.0.ffn_down.weight"]
+    reference = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor.name)
+    dense = torch.from_numpy(gguf.quants.dequantize(reference.data, reference.tensor_type))
+    library = fused.library()
+    assert library is not None
+    packed = PackedMatrix(tensor, library=library)
+    x = torch.randn(192)
+    torch.testing.assert_close(packed.times(x), dense @ x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.take(torch.tensor([[3, 127], [0, 17]])), dense[torch.tensor([[3, 127], [0, 17]])])
+    assert torch.equal(packed.transposed(), dense.bfloat16().T)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("head", [False, True])
+def test_fused_decoding_equals_the_exact_model(tmp_path: Path, kind: str, head: bool):
+    path = write_gguf(tmp_path / "model.gguf", kind, head)
+    fast, exact = (llama.from_pretrained(path, precision)[0] for precision in ("fast", "exact"))
+    assert fast.fused is not None
+    assert fast.config == exact.config
+    tokens = torch.randint(96, (1, 50))
+    with torch.inference_mode():
+        expected = exact(tokens)
+        cache = fast.new_cache(1, 64)
+        cache_fp32 = fast.new_cache(1, 64)
+        steps = torch.cat([fast(tokens[:, t : t + 1], cache) for t in range(50)], 1)
+        mixed = torch.cat([fast(tokens[:, :33], cache_fp32), fast(tokens[:, 33:34], cache_fp32)], 1)
+    spread = float(expected.std())
+    assert (steps - expected).abs().max() < 0.02 * spread  # keys and values are bfloat16
+    assert (mixed - expected[:, :34]).abs().max() < 0.15 * spread  # the prompt is, altogether
+
+
+@needs_compiler
+def test_fused_decoding_needs_no_particular_number_of_threads(tmp_path: Path):
+    path = write_gguf(tmp_path / "model.gguf", "Q4_1")
+    model, _ = llama.from_pretrained(path, "fast")
+    tokens, before, results = torch.randint(96, (12,)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            cache = model.new_cache(1, 64)
+            with torch.inference_mode():
+                results.append(torch.cat([model(token.view(1, 1), cache) for token in tokens]))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-4)
+
+
+def test_without_a_compiler_the_model_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_gguf(tmp_path / "model.gguf", "Q4_1")
+    native.load_c.cache_clear()
+    monkeypatch.setenv("CANON_NATIVE", "0")
+    model, _ = llama.from_pretrained(path, "fast")
+    native.load_c.cache_clear()
+    exact, _ = llama.from_pretrained(path, "exact")
+    assert model.fused is None
+    results = [generate(m, [[5, 6, 7]], Sampling(max_tokens=2, temperature=0))[0].log_probs for m in (model, exact)]
+    assert results[0] == pytest.approx(results[1], abs=0.1)
+
+
+def test_what_is_not_the_papers_model_is_refused(tmp_path: Path):
+    scaled = write_gguf(tmp_path / "scaled.gguf", "Q4_1", **{"llama.rope.scaling.type": 1.0})
+    with pytest.raises(UserError, match="scaled rotations"):
+        llama.from_pretrained(scaled)
+    for wrong in ({"attention_bias": True}, {"rope_scaling": {"rope_type": "llama3"}}, {"model_type": "opt"}):
+        settings = {"model_type": "llama", **wrong}
+        with pytest.raises(UserError):
+            layouts.hugging_face_settings(settings)
+    with pytest.raises(UserError, match="missing"):
+        layouts.from_published({}, {"n_layers": 2, "tied": False}, "meta", "an empty checkpoint")
+
+
+# --- SmolLM2 ----------------------------------------------------------------------------------------------------------
+
+
+def test_smollm2_says_what_transformers_recorded():
+    """Two of the ten prompts of the claim, in float32 and packed."""
+    folder = Path(llama.__file__).parents[2] / "claims" / "language"
+    cases = json.loads((folder / "smollm2_reference.json").read_text())["cases"][:2]
+    exact, tokenizer = llama.from_pretrained("smollm2-135m-instruct")
+    assert exact.config == replace(llama.PRESETS["smollm2-135m"], training=exact.config.training)
+    for case in cases:
+        prompt, new = case["tokens"], case["new_tokens"][:24]
+        assert tokenizer is not None
+        assert tokenizer.encode(case["prompt"]) == prompt
+        with torch.no_grad():
+            logits = exact(torch.tensor([prompt + new[:-1]]))[0, len(prompt) - 1 :]
+        logits[:, tokenizer.eot] = -torch.inf
+        assert logits.argmax(-1).tolist() == new
+        best = torch.tensor(case["best_logits"][:24])
+        torch.testing.assert_close(logits.topk(2).values, best, rtol=0, atol=1e-3)
+
+
+def test_smollm2_tokenizer_equals_transformers_on_2000_lines():
+    path = assets.fetch("smollm2-135m-instruct")
+    reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours = gguf_tokenizer(GGUF(path).metadata)
+    lines = text.standard_library().splitlines()
+    lines = [line for line in lines[:: len(lines) // 2000] if "<|" not in line][:2000]
+    theirs = reference(lines, add_special_tokens=False).input_ids
+    assert ours.encode_batch(lines) == theirs

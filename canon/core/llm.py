@@ -119,17 +119,16 @@ class Local:
     """
 
     def __init__(self, source: str = DEFAULT, precision: Literal["fast", "exact"] = "fast"):
-        start = time.perf_counter()
         path = resolve(source)
-        if path.suffix == ".gguf":
-            name, self.template = "llama", gguf_chat_template(GGUF(path).metadata)
-        else:
-            folder = path if path.is_dir() else path.parent
-            name, self.template = _system(folder), load_chat_template(folder)
+        folder = path if path.is_dir() else path.parent
+        name = "llama" if path.suffix == ".gguf" else _system(folder)
         entry = find(name)
         if entry.system is None:
             raise UserError(f"{source} is a {name!r}, which does not run here yet")
         load: Callable[..., tuple[Any, Tokenizer | None]] = import_module(entry.system).from_pretrained
+        start = time.perf_counter()  # libraries are loaded, and the file is here
+        is_gguf = path.suffix == ".gguf"
+        self.template = gguf_chat_template(GGUF(path).metadata) if is_gguf else load_chat_template(folder)
         self.model, tokenizer = load(path, precision) if name == "llama" else load(path)
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer that can be read; put its tokenizer.json beside the weights")

@@ -89,23 +89,23 @@ def _published(n_layers: int, d_model: int, n_heads: int, learning_rate: float) 
 PRESETS = {
     "laptop": Config(
         vocab_size=77,
-        context_length=128,
-        d_model=192,
+        context_length=64,
+        d_model=128,
         n_layers=4,
-        n_heads=3,
+        n_heads=2,
         dropout=0.0,
         corpus="shakespeare",
         tokenizer="characters",
         training=TrainingConfig(
-            steps=1000,
-            batch_size=8,
-            learning_rate=0.016,
+            steps=1_500,
+            batch_size=16,
+            learning_rate=0.02,
             schedule="linear",
-            warmup_steps=30,
+            warmup_steps=60,
             final_fraction=0.0,
             optimizer="muon",
             weight_decay=0.1,
-            evaluate_every=250,
+            evaluate_every=300,
         ),
     ),
     "tinylm": Config(
@@ -118,12 +118,15 @@ PRESETS = {
         corpus="mixture",
         tokenizer="bpe",
         training=TrainingConfig(
-            steps=3_000,
-            batch_size=32,
-            learning_rate=3e-3,
+            steps=1_500,
+            batch_size=8,
+            learning_rate=0.005,
+            schedule="linear",
+            warmup_steps=60,
+            final_fraction=0.0,
             optimizer="muon",
-            warmup_steps=100,
             weight_decay=0.1,
+            evaluate_every=300,
         ),
     ),
     "gpt2-124m": _published(12, 768, 12, 6e-4),
@@ -294,21 +297,31 @@ def sample(
 ) -> str:
     """Text that continues ``prompt``; kept among the run's samples.
 
+    Where the text outgrows the context, its last half context is read again and the text goes on from there.
+
     Args:
         model: a trained model.
         run: the run that trained it, which holds its tokenizer.
         prompt: what to continue; it is part of the result.
-        max_tokens: at most so many new tokens, and no more than the context has room for.
+        max_tokens: at most so many new tokens.
         temperature: 0 always takes the likeliest token, 1 samples from the model's distribution.
         top_k: sample from the k likeliest tokens only; 0 from all.
         top_p: sample from the likeliest tokens that hold this much probability.
         seed: another seed, another text.
     """
     tokenizer = load_tokenizer(run.path / "model")
-    tokens = tokenizer.encode(prompt)
-    room = model.config.context_length - len(tokens)
-    sampling = Sampling(max_tokens=min(max_tokens, room), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    text = prompt + generate(model, [tokens], sampling, tokenizer=tokenizer)[0].text
+    tokens, context = tokenizer.encode(prompt), model.config.context_length
+    left = max_tokens
+    while left > 0:
+        window = tokens if len(tokens) < context else tokens[-max(1, context // 2) :]
+        sampling = Sampling(
+            max_tokens=min(left, context - len(window)), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        piece = generate(model, [window], sampling, tokenizer=tokenizer)[0]
+        tokens, left, seed = tokens + piece.tokens, left - len(piece.tokens), seed + 1
+        if piece.finish != "length":
+            break
+    text = tokenizer.decode(tokens)
     run.text(f"sample from {prompt!r}" if prompt.strip() else "sample", text)
     return text
 

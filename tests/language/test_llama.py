@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -335,10 +336,13 @@ def test_smollm2_says_what_transformers_recorded():
 
 
 def test_smollm2_tokenizer_equals_transformers_on_2000_lines():
+    """Lines without digits, which transformers (not SmolLM2) leaves together when it reads a GGUF file."""
     path = assets.fetch("smollm2-135m-instruct")
     reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ours = gguf_tokenizer(GGUF(path).metadata)
     lines = text.standard_library().splitlines()
-    lines = [line for line in lines[:: len(lines) // 2000] if "<|" not in line][:2000]
+    lines = [line for line in lines[:: len(lines) // 4000] if "<|" not in line and not re.search(r"\d", line)][:2000]
     theirs = reference(lines, add_special_tokens=False).input_ids
+    assert len(lines) == 2000
     assert ours.encode_batch(lines) == theirs
+    assert ours.encode("x = 1024") == [*ours.encode("x = "), *(ours.encode(digit)[0] for digit in "1024")]

@@ -12,7 +12,7 @@ from canon.core.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from canon.core.device import bf16_pays, pick_device
 from canon.core.hub import llama_layouts as layouts
 from canon.core.hub.gguf import GGUF, GGUFTensor
-from canon.core.hub.pretrained import load_config, load_pretrained, load_weights, resolve
+from canon.core.hub.pretrained import load_config, load_pretrained, load_weights, no_initialisation, resolve
 from canon.core.hub.tensors import load_tensors
 from canon.core.hub.tokenizer import gguf_tokenizer
 from canon.core.nn import fused
@@ -79,7 +79,7 @@ def published_weights(model: nn.Module, config: object) -> dict[str, Tensor]:
 
 def _assemble(kind: Kind, settings: layouts.Settings, weights: Mapping[str, Tensor], what: str) -> Any:
     """A model in float32 with the given weights."""
-    with torch.device("meta"):  # no weights are drawn
+    with torch.device("meta"), no_initialisation():
         model = kind.model(kind.config(**settings))
     model.to_empty(device="cpu")
     model.set_rotations()
@@ -103,7 +103,7 @@ def _packed(
     kind: Kind, settings: layouts.Settings, parts: Mapping[str, list[GGUFTensor]], compiled: ctypes.CDLL
 ) -> Any:
     """A model whose linear layers and embedding are packed; norms stay in float32."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_initialisation():
         model = kind.model(kind.config(**settings))
     model.set_rotations()
     config = model.config

@@ -104,7 +104,7 @@ def load_pretrained(
         config = from_plain(config_type, settings) if ours else published(settings)
     except KeyError as error:
         raise UserError(f"{folder / CONFIG_FILE} describes a {kind!r} without {error}: it is not {system!r}") from error
-    with _no_initialisation():
+    with no_initialisation():
         model = model_type(config)
     what = f"{path}, a checkpoint of {kind!r} loaded as {system!r},"
     load_weights(model, load_tensors(path), None if ours else names, tied=tied, what=what)
@@ -173,7 +173,7 @@ class _SkipRandom(TorchFunctionMode):
 
 
 @contextmanager
-def _no_initialisation() -> Iterator[None]:
+def no_initialisation() -> Iterator[None]:
     """Build a model without drawing its random weights, and without moving the caller's random state."""
     with torch.random.fork_rng(devices=[]), _SkipRandom():
         yield

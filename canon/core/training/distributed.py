@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from canon.core.errors import UserError
@@ -51,6 +50,8 @@ def distribute(model: nn.Module, device: torch.device, parallel: Literal["auto",
         parallel = "fsdp" if sum(p.numel() for p in model.parameters()) >= _SHARD_FROM else "ddp"
     if parallel == "ddp":
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    from torch.distributed.fsdp import fully_shard  # a second of imports that a single process never needs
+
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for layer in module:
@@ -68,8 +69,8 @@ def synchronise_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
             yield
         return
     for child in model.children():
-        if isinstance(child, FSDPModule):
-            child.set_requires_gradient_sync(wanted)
+        if sync := getattr(child, "set_requires_gradient_sync", None):  # FSDP2 has sharded it
+            sync(wanted)
     yield
 
 

@@ -65,7 +65,11 @@ def optimizers(
         matrices = [p for key, p in trainable.items() if key in hidden]
         built.append(
             torch.optim.Muon(
-                matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", ns_steps=5
+                matrices,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                momentum=betas[0],
+                adjust_lr_fn="match_rms_adamw",
             )
         )
     return built

@@ -1,0 +1,133 @@
+// Attention of one query a row over a key-value cache: reads every key and value once, at the speed of memory.
+//
+// For each row and head: softmax(q k^T / sqrt(d)) v over the row's own length, in float32. The new key and value are
+// stored first. Plain C with GCC's vector extensions (also Clang's); AVX-512 gets two shortcuts.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+typedef float f32 __attribute__((vector_size(64)));
+typedef int32_t i32 __attribute__((vector_size(64)));
+typedef uint32_t u32 __attribute__((vector_size(64)));
+typedef uint16_t u16 __attribute__((vector_size(32)));
+
+// 16 elements from index i on, of bfloat16 (the upper half of a float32) or float32.
+INLINE f32 load(const char *p, int64_t i, int half) {
+    if (!half) {
+        f32 v;
+        memcpy(&v, p + 4 * i, sizeof v);
+        return v;
+    }
+    u16 v;
+    memcpy(&v, p + 2 * i, sizeof v);
+#ifdef __AVX512F__
+    return (f32)((u32)_mm512_cvtepu16_epi32((__m256i)v) << 16);
+#else
+    return (f32)(__builtin_convertvector(v, u32) << 16);
+#endif
+}
+
+INLINE void store(char *p, int64_t i, f32 v, int half) {
+    if (half) {
+        u32 bits = (u32)v;  // rounded to nearest, ties to even
+        u16 upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
+        memcpy(p + 2 * i, &upper, sizeof upper);
+    } else {
+        memcpy(p + 4 * i, &v, sizeof v);
+    }
+}
+
+INLINE void prefetch(const char *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+INLINE float sum16(f32 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
+
+// exp(x) for x <= 0: 2^n 2^f with n the integer nearest to x / ln 2 and 2^f by its Taylor series, relative error below
+// 2e-7; 2^-126 where it would be smaller.
+INLINE f32 exp16(f32 x) {
+    f32 t = x * 1.442695041f;
+    i32 small = t < -126.0f;
+    t = (f32)(((i32)t & ~small) | ((i32)((f32){0} - 126) & small));
+    f32 n = (t + 12582912.0f) - 12582912.0f, f = (t - n) * 0.6931471806f;  // adding 1.5 * 2^23 rounds
+    f32 y = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
+    return (f32)((i32)y + (__builtin_convertvector(n, i32) << 23));
+}
+
+// sum over t of weights[t] values[t, i ...], `n` vectors of columns at a time
+INLINE void weigh(const float *weights, const char *values, int64_t length, int64_t d, int64_t i, int n, float scale,
+                  char *y, int half) {
+    f32 sum[4] = {{0}};
+    for (int64_t t = 0; t < length; t++)
+        for (int j = 0; j < n; j++) sum[j] += weights[t] * load(values, t * d + i + j * LANES, half);
+    for (int j = 0; j < n; j++) store(y, i + j * LANES, sum[j] * scale, half);
+}
+
+// One query head. `scores` has room for the length and LANES more.
+INLINE void attend(const char *q, const char *keys, const char *values, int64_t length, int64_t d, float *scores,
+                   char *y, int half) {
+    float query[d], scale = 1 / sqrtf(d), largest = -INFINITY;
+    int64_t row = d * (half ? 2 : 4);
+    for (int64_t i = 0; i < d; i += LANES) {
+        f32 v = load(q, i, half) * scale;
+        memcpy(query + i, &v, sizeof v);
+    }
+    for (int64_t t = 0; t < length; t++) {
+        prefetch(values + t * row, row);  // keys and values come from memory at the same time
+        f32 product = {0};
+        for (int64_t i = 0; i < d; i += LANES) product += load((char *)query, i, 0) * load(keys, t * d + i, half);
+        scores[t] = sum16(product);
+        largest = fmaxf(largest, scores[t]);
+    }
+    for (int64_t t = length; t < length + LANES; t++) scores[t] = -INFINITY;
+    f32 sum = {0};
+    for (int64_t t = 0; t < length; t += LANES) {
+        f32 weight = exp16(load((char *)scores, t, 0) - largest);
+        sum += weight;
+        store((char *)scores, t, weight, 0);
+    }
+    int64_t i = 0;
+    for (; i + 4 * LANES <= d; i += 4 * LANES) weigh(scores, values, length, d, i, 4, 1 / sum16(sum), y, half);
+    for (; i < d; i += LANES) weigh(scores, values, length, d, i, 1, 1 / sum16(sum), y, half);
+}
+
+typedef struct {
+    int64_t batch, heads, kv_heads, d, capacity;
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides in elements
+    int64_t half, threads;
+} Shape;
+
+// q (batch, heads, d), k and v (batch, kv_heads, d); keys and values (batch, kv_heads, capacity, d), of which row b
+// holds lengths[b]; y (batch, heads, d). All of them are bfloat16 if half, else float32; d is a multiple of LANES.
+void attend_one(const Shape *s, const char *q, const char *k, const char *v, char *keys, char *values,
+                const int64_t *lengths, char *y) {
+    int64_t size = s->half ? 2 : 4, row = s->d * size, group = s->heads / s->kv_heads;
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int64_t item = 0; item < s->batch * s->kv_heads; item++) {
+        int64_t b = item / s->kv_heads, h = item % s->kv_heads, length = lengths[b];
+        char *key = keys + item * s->capacity * row, *value = values + item * s->capacity * row;
+        memcpy(key + length * row, k + (b * s->k_row + h * s->k_head) * size, row);
+        memcpy(value + length * row, v + (b * s->v_row + h * s->v_head) * size, row);
+        float scores[length + 1 + LANES];
+        for (int64_t g = h * group; g < (h + 1) * group; g++) {
+            const char *query = q + (b * s->q_row + g * s->q_head) * size;
+            char *out = y + (b * s->heads + g) * row;
+            if (s->half) attend(query, key, value, length + 1, s->d, scores, out, 1);
+            else attend(query, key, value, length + 1, s->d, scores, out, 0);
+        }
+    }
+}

@@ -14,6 +14,8 @@ def parse(target: Any, arguments: list[str], command: str, description: str | No
 
     A field annotated ``"positional"`` is one; the marker keeps tyro out of what does not parse.
     """
+    if _says_it_all(target, arguments):
+        return target(*arguments)
     import tyro
 
     error = io.StringIO()
@@ -37,6 +39,15 @@ def parse(target: Any, arguments: list[str], command: str, description: str | No
                 line.split(" (required)")[0] for line in said if "(required)" in line
             )
         raise UserError(f"{message}  (canon {command} --help  explains)") from None
+
+
+def _says_it_all(target: Any, arguments: list[str]) -> bool:
+    """Whether the arguments are just a function's positional ones, so that tyro, slow to import, is not needed."""
+    plain = not dataclasses.is_dataclass(target) and "__signature__" not in vars(target)
+    if not plain or any(argument.startswith("-") for argument in arguments):
+        return False
+    hints = get_type_hints(target, include_extras=True)
+    return len(arguments) == sum("positional" in get_args(hint)[1:] for hint in hints.values())
 
 
 def _with_positionals(target: Any) -> Any:

@@ -96,6 +96,9 @@ def test_train_writes_a_run_that_samples(capsys, trained, monkeypatch):
     assert len(sample) == len("ROMEO:") + 20
     again = json.loads(canon(capsys, "sample", "gpt2", "ROMEO:", "--max-tokens", "20", "--json")[1])["sample"]
     assert again == sample
+    code, out, _ = canon(capsys, "sample", "gpt2", "JULIET:")
+    assert code == 0
+    assert out.startswith("JULIET:")
 
 
 def test_a_run_does_not_change_its_configuration(capsys, trained, monkeypatch):

@@ -54,7 +54,7 @@ def cache_is_exact(lab: Lab, sabotage: bool = False) -> Measurement:
         model(rows[:, : max(lengths)], cache)
         cache.lengths = torch.tensor(lengths)
         if sabotage:
-            keys, _ = cache.update(0, *torch.zeros(2, len(rows), config.n_heads, 1, 16))
+            keys, _ = cache.update(0, *torch.zeros(2, len(rows), config.n_heads, 1, config.d_model // config.n_heads))
             keys[:, :, 0] = 0
         errors = []
         for offset in range(64 - max(lengths)):

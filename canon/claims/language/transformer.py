@@ -143,13 +143,13 @@ _NORMS = tuple((f"residuals.{i}.norm", f"norm{i + 1}") for i in range(3))
     minutes=2.5,
 )
 def decoding(lab: Lab, sabotage: bool = False) -> Measurement:
-    """A model that gets about a third of them right translates 200 new sentences of the synthetic languages.
+    """A half-trained model translates 200 new sentences of the synthetic languages.
 
     `no_worse` is the share of sentences to which beam search (beam 4, log-probability as the score) gives at least
     greedy search's log-probability, both measured afresh without a cache. Nothing forces that: a beam may drop the
     greedy path. After 60 steps instead of 300, when the model still babbles, it was 0.965, 0.98 and 0.99 (and as much
-    with the sabotage, for such a model hardly looks at what it wrote). Sabotage: hypotheses change places in the beam
-    and their keys and values do not.
+    with the sabotage, for such a model hardly looks at what it wrote); after 300 steps of the paper's schedule it was
+    0.985 for all three seeds. Sabotage: hypotheses change places in the beam and their keys and values do not.
     """
     languages = Languages(lab.seed)
     pairs = languages.pairs(10_200)

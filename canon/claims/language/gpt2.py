@@ -70,7 +70,7 @@ def cache_is_exact(lab: Lab, sabotage: bool = False) -> Measurement:
 
 @claim(
     "At initialisation the loss is that of a uniform guess plus half the variance of the logits",
-    source="sheet 6 (1); with a tied head logits have standard deviation 0.02 sqrt(d_model)",
+    source="nanoGPT, model.py; with a tied head logits have standard deviation 0.02 sqrt(d_model)",
     passes="abs(excess_124m) <= 0.03 and abs(excess_laptop) <= 0.03",
     seeds=3,
     minutes=0.1,
@@ -112,7 +112,7 @@ def residual_scaling(lab: Lab, sabotage: bool = False) -> Measurement:
 
     @torch.no_grad()
     def added(n_layers: int, scaled: bool) -> float:
-        config = replace(PRESETS["laptop"], d_model=256, n_layers=n_layers, vocab_size=characters.vocab_size)
+        config = Config(characters.vocab_size, 128, d_model=256, n_layers=n_layers, n_heads=4, dropout=0.0)
         model = GPT2(config).eval()
         if not scaled:
             for module in model.modules():

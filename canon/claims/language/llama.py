@@ -33,7 +33,7 @@ def _cases() -> list[dict[str, Any]]:
 
 @claim(
     "A model read from 4-bit GGUF says what transformers says, token for token",
-    source="sheet 15 (1); float32, greedy, 10 prompts of 64 tokens, end of text excluded on both sides",
+    source="float32, greedy, 10 prompts of 64 tokens, end of text excluded on both sides",
     passes="tokenizer_errors == 0 and token_errors == 0 and logit_error < 1e-3",
     seeds=1,
     minutes=0.5,
@@ -67,7 +67,7 @@ def speaks_as_transformers(lab: Lab, sabotage: bool = False) -> Measurement:
 
 @claim(
     "Decoding on packed 4-bit weights differs from float32 only where the two best tokens are all but equal",
-    source="sheet 15 (1); the fast mode of `canon chat`",
+    source="the fast mode of `canon chat`",
     passes="largest_gap_of_a_difference < 0.3 and agreement > 0.97",
     seeds=1,
     minutes=0.3,
@@ -97,7 +97,7 @@ def packing_changes_only_ties(lab: Lab, sabotage: bool = False) -> Measurement:
 
 @claim(
     "Turning neighbours and turning halves are one model, up to the order of the rows of W_q and W_k",
-    source="sheet 15 (2); RoFormer Eq. 34 and Hugging Face's `rotate_half`",
+    source="RoFormer Eq. 34 and Hugging Face's `rotate_half`",
     passes="score_error < 1e-5",
     seeds=3,
     minutes=0.02,
@@ -125,7 +125,7 @@ def two_orders_one_model(lab: Lab, sabotage: bool = False) -> Measurement:
 
 @claim(
     "LLaMA's block learns better than GPT-2's at equal parameters and tokens",
-    source="§2.2, sheet 15 (3): RMSNorm, SwiGLU and rotary positions against LayerNorm, GELU and learned positions",
+    source="§2.2: RMSNorm, SwiGLU and rotary positions against LayerNorm, GELU and learned positions",
     passes="gain > 0",
     seeds=3,
     minutes=8,

@@ -60,7 +60,8 @@ def main() -> None:
     chosen = sys.argv[1:] or names()
     unknown = set(chosen) - set(names())
     if unknown:
-        sys.exit(f"there is no benchmark {min(unknown)!r}: choose from {', '.join(names())}")
+        print(f"there is no benchmark {min(unknown)!r}: choose from {', '.join(names())}", file=sys.stderr)
+        sys.exit(2)
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         print(f"benchmark {name}", file=sys.stderr, flush=True)

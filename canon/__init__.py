@@ -4,8 +4,13 @@
 plain PyTorch: ``canon.load("gpt2").build(config)``. Importing :mod:`canon` loads neither torch nor any system.
 """
 
+import os
 from importlib import import_module
 from types import ModuleType
+
+# OpenMP's threads wait for each other by spinning, for milliseconds. Where another program wants their cores, torch
+# becomes ten times slower or more. After some 50 microseconds they should sleep; read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,10 @@ import dataclasses
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with disk_errors("the output"):
+        with disk_errors():
             _dispatch(arguments)
     except UserError as error:
         sys.exit(_complain(str(error)))
@@ -72,7 +74,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def list_entries(section: str | None = None, lang: Literal["en", "zh"] = "en", json: bool = False) -> None:
-    """The map of the reading list: what runs, what does not yet, minutes on this machine, claims reproduced.
+    """The map of the reading list: what runs, what does not yet, minutes on two CPU cores, claims reproduced.
 
     Args:
         section: only this section or part of the list, such as agents.
@@ -116,7 +118,7 @@ class RunOptions:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
-    """CPU threads; by default as many as there are free cores."""
+    """CPU threads; by default as many as there are cores."""
     root: str = "runs"
     """Folder of all runs."""
     json: bool = False
@@ -127,18 +129,19 @@ def run_system(arguments: list[str]) -> None:
     """Train a preset, sample from it, verify the quick claims, and write the report."""
     module, options, run, model = _train(arguments, "run")
     sample = module.sample(model, run)
-    records = [] if _following() else _verified(module, quick=True, options=options)
+    run.report()  # the claims take a while, and Ctrl-C may end them
+    records = _verified(module, quick=True, options=options)
     run.claims(records)
     report = run.report()
     last = {key: value for row in run.metrics() for key, value in row.items()}
     if options.json:
         claims = {record.claim: record.verdict for record in records}
         _print({"run": str(run.path), "report": str(report), "metrics": last, "sample": sample, "claims": claims}, True)
-    elif not _following():
+    else:
         print(f"\n{sample.rstrip()}\n")
         print(f"report   {report}")
         print(f"sample   canon sample {options.system} --run {run.path}")
-        print(f"claims   canon verify {options.system}")
+        print(f"claims   canon verify {options.system}{_root_option(options.root)}")
 
 
 def train_system(arguments: list[str]) -> None:
@@ -147,13 +150,14 @@ def train_system(arguments: list[str]) -> None:
     last = {key: value for row in run.metrics() for key, value in row.items()}
     if options.json:
         _print({"run": str(run.path), "metrics": last}, True)
-    elif not _following():
+    else:
         print(f"trained  {run.path}\nsample   canon sample {options.system} --run {run.path}")
 
 
 def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, Any, Any]:
     module, options, config = _options_and_config(arguments, command)
     from canon.core import device
+    from canon.core.lab.files import read_json
     from canon.core.lab.run import Run
     from canon.core.training import distributed
     from canon.core.training.fit import Interrupted
@@ -161,13 +165,13 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
     device.use_device(options.device)
     if options.resume:
         run = _run(options.system, options.name, options.root)
-        device.use_threads(
-            options.threads or json.loads((run.path / "environment.json").read_text()).get("threads")
-        )  # other threads would round sums differently
+        threads = read_json(run.path / "environment.json").get("threads")
+        device.use_threads(options.threads or threads)  # other threads would round sums differently
         run = Run(run.path, config)
     else:
         device.use_threads(options.threads)
-        run = Run.create(options.system, options.name or _new_name(options.preset), config, options.root)
+        name = options.name or distributed.of_leader(_new_name(options.preset))
+        run = Run.create(options.system, name, config, options.root)
     run.quiet = options.json
     if run.leader and not options.json:
         print(f"run      {run.path}", file=sys.stderr)
@@ -176,20 +180,26 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
     except Interrupted as stop:
         run.report()
         if run.leader:
-            again = f"canon {command} {options.system} --resume --name {run.name}"
+            again = f"canon {command} {options.system} --resume --name {run.name}{_root_option(options.root)}"
             print(f"\ncanon: {stop}. Go on with:  {again}", file=sys.stderr)
         sys.exit(130)
     finally:
+        _, processes = distributed.world()
         distributed.leave()
+    if not run.leader:  # what follows is the work of one process
+        sys.exit(0)
+    if processes > 1:  # this one holds its shard only
+        model, *_ = module.from_pretrained(run.path / "model")
     return module, options, run, model
 
 
 def _options_and_config(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, Any]:
     """The system, the options, and its configuration: a preset, or that of the run to resume, with what was changed."""
-    name = next((word for word in arguments if not word.startswith("-")), None)
-    if name is None or (arguments and arguments[0].startswith("-")):
-        return parse(RunOptions, arguments, command)  # prints the help, or that the name is missing
-    module = _system(name)
+    word = _word_for_system(arguments)
+    if word is None:
+        parse(RunOptions, arguments, command)  # prints the help, or that the name is missing
+        raise UserError(f"canon {command} needs the name of a system: canon {command} gpt2")
+    name, module = _system(word)
     preset = value_of("--preset", arguments) or "laptop"
     if "--resume" in arguments:
         from canon.core.hub.pretrained import from_plain
@@ -206,7 +216,24 @@ def _options_and_config(arguments: list[str], command: str) -> tuple[ModuleType,
     )
     both.__doc__ = _COMMANDS[command].__doc__
     parsed = parse(both, arguments, f"{command} {name}")
-    return module, parsed.options, parsed.config
+    return module, dataclasses.replace(parsed.options, system=name), parsed.config
+
+
+def _word_for_system(arguments: list[str]) -> str | None:
+    """The word that names the system: the first entry of the list among those that cannot be an option's value.
+
+    The options are known only when the system is, so the values of its own are told apart by the list.
+    """
+    from canon.catalog import find
+
+    valued = {f"--{field.name}" for field in dataclasses.fields(RunOptions) if field.type is not bool}
+    pairs = zip(["", *arguments], arguments)
+    words = [word for before, word in pairs if not word.startswith("-") and before not in valued]
+    for word in words:
+        with suppress(UserError):
+            find(word)
+            return word
+    return words[0] if words else None
 
 
 def sample_system(arguments: list[str]) -> None:
@@ -216,8 +243,7 @@ def sample_system(arguments: list[str]) -> None:
             print("usage: canon sample NAME [PROMPT] [--run FOLDER] [options]; canon sample NAME --help  lists them")
             return
         raise UserError("canon sample needs the name of a system first: canon sample gpt2 'To be'")
-    name, rest = arguments[0], arguments[1:]
-    module = _system(name)
+    (name, module), rest = _system(arguments[0]), arguments[1:]
     signature = inspect.signature(module.sample)
     own = list(signature.parameters.values())[2:]
     hints = get_type_hints(module.sample)
@@ -225,9 +251,10 @@ def sample_system(arguments: list[str]) -> None:
     def collect(**chosen: Any) -> dict[str, Any]:
         return chosen
 
+    places = {"run": (str, ""), "root": (str, "runs"), "device": (str, "auto"), "threads": (int | None, None)}
     extra = [
-        inspect.Parameter("run", inspect.Parameter.KEYWORD_ONLY, default="", annotation=str),
-        inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for key, (kind, default) in {**places, "json": (bool, False)}.items()
     ]
     for index, parameter in enumerate(own):
         hint = hints[parameter.name]
@@ -237,14 +264,15 @@ def sample_system(arguments: list[str]) -> None:
     collect.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *extra]}
     vars(collect)["__signature__"] = inspect.Signature([*own, *extra])  # what tyro reads
     chosen = parse(collect, rest, f"sample {name}")
-    where, as_json = chosen.pop("run"), chosen.pop("json")
-    from canon.core.device import use_threads
+    where, root, place, threads, as_json = (chosen.pop(parameter.name) for parameter in extra)
+    from canon.core import device
     from canon.core.lab.run import Run
 
-    use_threads()
-    run = Run.open(where) if where else Run.latest(name)
+    device.use_threads(threads)
+    target = device.use_device(place)
+    run = Run.open(where) if where else Run.latest(name, root)
     model, *_ = module.from_pretrained(run.path / "model")
-    text = module.sample(model, run, **chosen)
+    text = module.sample(model.to(target), run, **chosen)
     _print({"run": str(run.path), "sample": text}, True) if as_json else print(text)
 
 
@@ -266,11 +294,11 @@ class VerifyOptions:
     fresh: bool = False
     """Forget what an interrupted verification had finished."""
     publish: bool = False
-    """Put the records into canon/claims/records and write docs/RESULTS.md (from a clone of the repository)."""
+    """Put the records, but for errors, into canon/claims/records and write docs/RESULTS.md (from a clone)."""
     device: str = "cpu"
-    """Where to compute."""
+    """Where to compute: auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
-    """CPU threads; by default as many as there are free cores."""
+    """CPU threads; by default as many as there are cores."""
     root: str = "runs"
     """Folder of all runs."""
     json: bool = False
@@ -285,11 +313,12 @@ def verify(arguments: list[str]) -> None:
     import canon
     from canon.core import device
 
-    names = canon.systems() if options.all else [options.system]
+    if options.publish:
+        _clone("the published records are")
+    device.use_device(options.device)
     options = dataclasses.replace(options, threads=device.use_threads(options.threads))
     failed = False
-    for name in names:
-        module = _system(name)
+    for name, module in map(_system, canon.systems() if options.all else [options.system]):
         records = _verified(module, quick=options.quick, options=options, only=options.claim, system=name)
         failed |= any(record.verdict == "error" for record in records)
     if failed:
@@ -299,6 +328,7 @@ def verify(arguments: list[str]) -> None:
 def _verified(module: ModuleType, quick: bool, options: Any, only: str = "", system: str = "") -> list[Any]:
     from importlib import import_module
 
+    from canon.core.device import pick_device
     from canon.core.lab.claim import claims_of
     from canon.core.lab.claim import verify as verify_claim
 
@@ -313,13 +343,13 @@ def _verified(module: ModuleType, quick: bool, options: Any, only: str = "", sys
         record = verify_claim(
             claim,
             root=options.root,
-            device="cpu" if options.device == "auto" else options.device,
+            device=str(pick_device()),
             threads=options.threads,
             fresh=getattr(options, "fresh", False),
             quiet=options.json,
         )
         records.append(record)
-        if getattr(options, "publish", False):
+        if getattr(options, "publish", False) and record.verdict != "error":  # an error says nothing of the claim
             from canon.core.lab import ledger
 
             ledger.publish([record])
@@ -370,13 +400,13 @@ def fetch(arguments: list[str]) -> None:
     if options.list or not options.names:
         rows = assets.assets()
         if options.json:
-            _print([dataclasses.asdict(row) | {"cached": row.path.exists()} for row in rows], True)
+            _print([dataclasses.asdict(row) | {"cached": row.cached} for row in rows], True)
             return
         from rich.table import Table
 
         table = Table("asset", "here", "size", "licence", "what it is", box=None, pad_edge=False)
         for row in rows:
-            here = "yes" if row.path.exists() else ""
+            here = "yes" if row.cached else "damaged" if row.home.exists() else ""
             table.add_row(row.name, here, f"{row.size / 1e6:.1f} MB", row.licence, row.note)
         _print(table, False)
         return
@@ -400,22 +430,33 @@ def bench(arguments: list[str]) -> None:
     """Compare with other libraries, both sides in one run, and write docs/PERFORMANCE.md (from a clone)."""
     import subprocess
 
-    import canon
-
     options = parse(BenchOptions, arguments, "bench", bench.__doc__)
-    folder = Path(canon.__file__).parents[1]
-    if not (folder / "benchmarks" / "__main__.py").is_file():
-        raise UserError("the benchmarks are part of the repository, not of the package: run this in a clone of it")
+    folder = _clone("the benchmarks are")
     sys.exit(subprocess.run([sys.executable, "-m", "benchmarks", *options.names], cwd=folder).returncode)
 
 
 # Shared by the commands ---------------------------------------------------------------------------------------------
 
 
-def _system(name: str) -> ModuleType:
-    import canon
+def _system(name: str) -> tuple[str, ModuleType]:
+    """The id, which is also the name of the folder of its runs, and the module of a system, however it was typed."""
+    from canon import catalog, load
 
-    return canon.load(name)
+    entry = catalog.find(name)
+    return entry.id, load(entry.id)
+
+
+def _clone(what: str) -> Path:
+    """The folder of the clone of the repository that this package runs from."""
+    folder = Path(__file__).parents[1]
+    if not (folder / "benchmarks" / "__main__.py").is_file():
+        raise UserError(f"{what} part of the repository, not of the package: run this in a clone of it")
+    return folder
+
+
+def _root_option(root: str) -> str:
+    """What a command that is to find the run again must say of its root."""
+    return "" if root == "runs" else f" --root {shlex.quote(root)}"
 
 
 def _run(system: str, name: str, root: str) -> Any:
@@ -428,11 +469,6 @@ def _new_name(preset: str) -> str:
     from datetime import datetime
 
     return f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _following() -> bool:
-    """Whether another process of the same torchrun leads and speaks."""
-    return int(os.environ.get("RANK", "0")) > 0
 
 
 def _print(value: Any, as_json: bool) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -32,9 +33,9 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     name = name or _chosen
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":  # under torchrun every process of a machine has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -43,24 +44,21 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def free_threads() -> int:
-    """Cores that nobody else is using right now, at least one.
-
-    Two OpenMP threads on one free core are some twenty times slower than one (they spin while they wait for each
-    other), so the load that others cause is left to them.
-    """
+def usable_cores() -> int:
+    """Cores that this process may compute on: its affinity, a container's quota, and `$OMP_NUM_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "OMP_NUM_THREADS" in os.environ:
-        return min(cores, max(1, int(os.environ["OMP_NUM_THREADS"])))
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, cores - round(load))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # OpenMP allows one number for each nested level
+    with suppress(OSError, ValueError):  # no cgroup (v2), or a quota of "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return min(cores, max(1, int(wanted))) if wanted.isdigit() else cores
 
 
 def use_threads(count: int | None = None) -> int:
-    """Let torch compute with ``count`` threads, by default as many as there are free cores; returns the number."""
+    """Let torch compute with ``count`` threads, by default as many as there are usable cores; returns the number."""
     if count is not None and count < 1:
         raise UserError(f"--threads must be at least 1, not {count}")
-    count = count or free_threads()
+    count = count or usable_cores()
     torch.set_num_threads(count)
     return count
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import Literal
 
 
 class UserError(Exception):
@@ -30,22 +31,33 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line that names what was being written.
+def disk_errors(what: str = "", operation: Literal["write", "read"] = "write") -> Iterator[None]:
+    """Turn what the disk refuses (no space, no permission, a file where a folder is needed ...) into one line.
+
+    Args:
+        what: what was being read or written; empty: the file that the operating system names, or else the output.
+        operation: which of the two.
 
     Raises:
-        UserError: the operating system refused the write (no space, quota, read-only, permission).
+        UserError: the operating system refused it, for a reason that the user can mend.
     """
     try:
         yield
     except OSError as error:
         advice = {
             errno.ENOSPC: "the disk is full; free some space and run the command again",
+            errno.EIO: "the disk fails (input/output error); check it, or choose another",
             errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
             errno.EFBIG: "the file would be larger than is allowed here; raise the limit (ulimit -f)",
             errno.EROFS: "the file system is read-only; choose another folder",
-            errno.EACCES: "permission denied; choose a folder you may write to",
+            errno.EACCES: "permission denied; ask for it, or choose another place",
+            errno.EPERM: "that is not permitted; choose another place",
+            errno.ENOTDIR: "a part of that path is a file, not a folder; choose another path",
+            errno.EISDIR: "it is a folder, not a file; choose another path",
+            errno.EEXIST: "a file of that name is in the way; choose another path",
+            errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
         }.get(error.errno or 0)
         if advice is None:
             raise
-        raise UserError(f"cannot write {what}: {advice}") from error
+        unnamed = f"open {error.filename}" if error.filename else "write the output"
+        raise UserError(f"cannot {f'{operation} {what}' if what else unnamed}: {advice}") from error

@@ -8,11 +8,14 @@ model.chat([{"role": "user", "content": "Hello"}], choices=["yes", "no"]).text
 """
 
 import json as json_module
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -112,7 +115,7 @@ class Local:
 
     Args:
         source: an asset, a folder or a GGUF file.
-        precision: of a LLaMA: ``fast``, or ``exact`` (float32).
+        precision: ``fast``, or ``exact`` (float32), of systems that know the difference.
 
     Raises:
         UserError: there is nothing there, or no system of the library can load it.
@@ -121,15 +124,16 @@ class Local:
     def __init__(self, source: str = DEFAULT, precision: Literal["fast", "exact"] = "fast"):
         path = resolve(source)
         folder = path if path.is_dir() else path.parent
-        name = "llama" if path.suffix == ".gguf" else _system(folder)
+        name = str(GGUF(path).metadata.get("general.architecture")) if path.suffix == ".gguf" else _system(folder)
         entry = find(name)
         if entry.system is None:
             raise UserError(f"{source} is a {name!r}, which does not run here yet")
         load: Callable[..., tuple[Any, Tokenizer | None]] = import_module(entry.system).from_pretrained
+        options = {"precision": precision} if "precision" in signature(load).parameters else {}
         start = time.perf_counter()  # libraries are loaded, and the file is here
         is_gguf = path.suffix == ".gguf"
         self.template = gguf_chat_template(GGUF(path).metadata) if is_gguf else load_chat_template(folder)
-        self.model, tokenizer = load(path, precision) if name == "llama" else load(path)
+        self.model, tokenizer = load(path, **options)
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer that can be read; put its tokenizer.json beside the weights")
         self.tokenizer: Tokenizer = tokenizer
@@ -200,12 +204,14 @@ class Local:
     ) -> list[int]:
         """Render with marks in the place of the contents, and encode contents and template apart."""
         marks = [f"\ue000{index}\ue001" for index in range(len(contents))]
-        rest = template.render([{**message, "content": mark} for message, mark in zip(messages, marks)])
-        tokens: list[int] = []
-        for mark, content in zip(marks, contents):
-            before, found, rest = rest.partition(mark)
-            tokens += tokenizer.encode(before) + (tokenizer.encode(content, special=False) if found else [])
-        return tokens + tokenizer.encode(rest)
+        text = template.render([{**message, "content": mark} for message, mark in zip(messages, marks)])
+        # Template, mark, template, mark ... template: a template may leave messages out, move or repeat them.
+        parts = re.split(f"({'|'.join(marks)})", text)
+        encoded = [
+            tokenizer.encode(contents[marks.index(part)], special=False) if place % 2 else tokenizer.encode(part)
+            for place, part in enumerate(parts)
+        ]
+        return list(chain.from_iterable(encoded))
 
     def _checked(self, tokens: list[int]) -> list[int]:
         """The tokens; an empty text begins with the end of the text before it."""
@@ -294,8 +300,13 @@ def chat_command(
         if line == "/new":
             history = list(beginning)
         elif line:
-            history.append({"role": "user", "content": line})
-            history.append({"role": "assistant", "content": _answer(language_model, history, options, False)})
+            message = {"role": "user", "content": line}
+            try:
+                answer = _answer(language_model, [*history, message], options, False)
+            except UserError as error:  # such as a conversation that outgrew the context
+                print(f"canon: {error}; your message was taken back (/new starts again)", file=sys.stderr)
+            else:
+                history += [message, {"role": "assistant", "content": answer}]
 
 
 def generate_command(

@@ -7,56 +7,62 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP runtime must be loaded first)
 
 from canon.core.data.assets import cache_home
-from canon.core.errors import disk_errors
 
 # The first set of flags that the compiler accepts is used: this processor's instructions, threads.
 FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 
 
 @cache
-def load_c(source: Path, *included: Path) -> ctypes.CDLL | None:
+def load_c(source: Path) -> ctypes.CDLL | None:
     """The library of a C file, compiled with `$CC` (or cc) at the first call and kept in the cache folder.
 
     Args:
         source: the C file.
-        included: the files it includes by name.
 
     Returns:
-        The library, or None if there is no compiler, it fails, or `$CANON_NATIVE` is 0.
-
-    Raises:
-        UserError: the cache folder cannot be written.
+        The library, or None if there is no compiler, it fails (which is said on stderr), the cache folder cannot be
+        written, or `$CANON_NATIVE` is 0.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None or os.environ.get("CANON_NATIVE") == "0":
+    compiler = shlex.split(os.environ.get("CC") or "cc")  # it may be "ccache gcc"
+    if shutil.which(compiler[0]) is None or os.environ.get("CANON_NATIVE") == "0":
         return None
     # A cache folder may be shared by machines, and native instructions of one may be unknown to another.
     key = hashlib.sha256(f"{compiler} {_processor()} {Path(__file__).read_text()}".encode())
-    for file in (source, *included):
+    for file in _with_included(source):
         key.update(file.read_bytes())
     library = cache_home() / "native" / f"{source.stem}-{key.hexdigest()[:20]}.so"
-    if not library.is_file():
-        with disk_errors(f"{library}"):
-            library.parent.mkdir(parents=True, exist_ok=True)
-        folders = [f"-I{file.parent}" for file in included]
-        if not any(_compile(compiler, [*flags, *folders], source, library) for flags in FLAGS):
-            return None
     try:
+        if not library.is_file():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            errors = [_compile([*compiler, *flags], source, library) for flags in FLAGS if not library.is_file()]
+            if not library.is_file():
+                print(f"{source.name} does not compile here, PyTorch takes its place: {errors[-1]}", file=sys.stderr)
+                return None
         return ctypes.CDLL(str(library))
-    except OSError:  # for instance a cache folder from which nothing may be executed
+    except OSError:  # a cache folder that cannot be written, or from which nothing may be executed
         return None
 
 
-def _compile(compiler: str, flags: list[str], source: Path, library: Path) -> bool:
-    """Whether the library could be made with these flags, and be loaded.
+def _with_included(source: Path) -> list[Path]:
+    """The file, and the files of ours that it includes."""
+    names = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+    return [source, *(file for name in names for file in _with_included(source.parent / name))]
+
+
+def _compile(compiler: Sequence[str], source: Path, library: Path) -> str:
+    """Make the library if these flags are understood and it can be loaded; returns the first line of what is wrong.
 
     OpenMP is asked for when compiling and not when linking: its symbols are then found in the runtime that PyTorch has
     loaded. Two runtimes would have two pools of threads, and the threads of one wait, spinning, on the cores of the
@@ -66,17 +72,19 @@ def _compile(compiler: str, flags: list[str], source: Path, library: Path) -> bo
     temporary = library.with_suffix(f".{os.getpid()}.so")
     try:
         for command in (
-            [compiler, "-O3", "-fPIC", *flags, "-c", str(source), "-o", str(thing)],
-            [compiler, "-shared", str(thing), "-o", str(temporary), "-lm"],
+            [*compiler, "-O3", "-fPIC", "-c", str(source), "-o", str(thing)],
+            [*compiler, "-shared", str(thing), "-o", str(temporary), "-lm"],
         ):
-            if subprocess.run(command, capture_output=True, check=False).returncode:
-                return False
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            if done.returncode:
+                lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+                return next((line for line in lines if "error" in line), lines[0])
         try:
             ctypes.CDLL(str(temporary))
-        except OSError:
-            return False
+        except OSError as error:
+            return str(error)
         os.replace(temporary, library)  # whole or not at all, even if several processes compile at once
-        return True
+        return ""
     finally:
         thing.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ later systems fine-tune. Both train with Muon on the hidden matrices, which lear
 
 Deviations.
     paper                        ours                                  why
+    WebText, 40 GB of linked     `mixture`: Shakespeare, Moby-Dick,    WebText was never released
+    web pages                    speeches and Python's source
     optimiser not stated         AdamW as nanoGPT's; Muon in `laptop`  the paper gives no recipe; measured faster
 
 Run. `canon run gpt2`: 99 s of training on 2 cores, to 1.65 nats a character on the last 10% (docs/PERFORMANCE.md).
@@ -39,7 +41,7 @@ from canon.core.data.tokens import TokenBatches
 from canon.core.errors import UserError
 from canon.core.generation.cache import KVCache
 from canon.core.generation.decode import Sampling, generate
-from canon.core.hub.pretrained import load_pretrained, save_pretrained
+from canon.core.hub.pretrained import load_pretrained, save_description
 from canon.core.lab import Run
 from canon.core.nn.attention import causal_attention
 from canon.core.training.fit import TrainingConfig, fit
@@ -69,12 +71,12 @@ class Config:
     """How it learns."""
 
     def __post_init__(self) -> None:
-        if self.d_model % self.n_heads:
+        if self.n_heads < 1 or self.d_model % self.n_heads:
             raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
 
 
 def _published(n_layers: int, d_model: int, n_heads: int, learning_rate: float) -> Config:
-    # nanoGPT's recipe for 124M on OpenWebText; the larger sizes take GPT-3's learning rates (Table 2.1) at their width.
+    # nanoGPT's recipe for 124M on OpenWebText; the larger take the learning rate of GPT-3's nearest size (Table 2.1).
     recipe = TrainingConfig(
         steps=600_000,
         batch_size=480,
@@ -148,16 +150,18 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time d_model"], cache: KVCache | None = None, layer: int = 0
     ) -> Float[Tensor, "batch time d_model"]:
+        # q, k, v = x W_qkv + b, dealt out to the heads
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_heads).unbind()
         if cache is not None:
             y = cache.attend(layer, q, k, v)
         else:
+            # softmax(q k^T / sqrt(d_head)) v, each position seeing itself and the past
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
 
 class FeedForward(nn.Module):
-    """Position-wise network of width 4 d_model with GELU in its tanh form (Hendrycks and Gimpel, 2016)."""
+    """The same network of width 4 d_model at every position."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -165,11 +169,12 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time d_model"]:
+        # GELU(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))  (Hendrycks and Gimpel, 2016, section 2)
         return self.out(F.gelu(self.up(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)): normalisation moved to the input (section 2.3)."""
+    """Attention, then the feed-forward network, each added to the residual stream."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -182,6 +187,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time d_model"], cache: KVCache | None = None, layer: int = 0
     ) -> Float[Tensor, "batch time d_model"]:
+        # "layer normalization was moved to the input of each sub-block" (section 2.3): x + sublayer(norm(x))
         x = x + self.dropout(self.attention(self.attention_norm(x), cache, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -205,7 +211,7 @@ class GPT2(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         if isinstance(module, Attention | FeedForward):
-            # "scale the weights of residual layers at initialization by 1/sqrt(N)", N residual layers (section 2.3)
+            # "scale the weights of residual layers at initialization by 1/sqrt(N)", N = 2 n_layers (section 2.3)
             nn.init.normal_(module.out.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
     def forward(
@@ -222,12 +228,15 @@ class GPT2(nn.Module):
             x = block(x, cache, layer)
         if cache is not None:
             cache.advance(time)
+        # "an additional layer normalization was added after the final self-attention block" (section 2.3)
         x = self.final_norm(x[:, -1:] if last_only else x)
-        return F.linear(x, self.token_embedding.weight)  # the head is the embedding, transposed
+        # the head is the embedding, transposed
+        return F.linear(x, self.token_embedding.weight)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """Mean cross-entropy in nats a token of ``batch["tokens"]`` (batch, time + 1), each predicting the next."""
+    def loss(self, batch: dict[str, Int[Tensor, "batch time_and_next"]]) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """Mean cross-entropy in nats a token of ``batch["tokens"]``, each predicting the next."""
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        # p(x) = prod_t p(x_t | x_<t), hence -1/T sum_t log p(x_t | x_<t)
         loss = F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
         return loss, {"tokens": targets.numel()}
 
@@ -261,6 +270,40 @@ NAMES = {
 }
 
 
+def from_pretrained(source: str | Path) -> tuple[GPT2, Tokenizer | None]:
+    """A trained GPT-2 and its tokenizer, from a folder of ours, or in the published layout (``openai-community/gpt2``).
+
+    Raises:
+        UserError: there is nothing there, it is damaged, or it is not a GPT-2 but one of the models that share its
+            layout and compute something else.
+    """
+    tied = {"lm_head.weight": "wte.weight"}
+    return load_pretrained(source, "gpt2", Config, GPT2, NAMES, _from_published, tied=tied)
+
+
+# What a published GPT-2 states, or leaves out; others with its layout (Cerebras-GPT, Mistral of Stanford) differ here.
+FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
+
+
+def _from_published(settings: dict[str, Any]) -> Config:
+    for name, values in FIXED.items():
+        if (value := settings.get(name, values[0])) not in values:
+            raise UserError(f"the checkpoint has {name} {value!r}, and GPT-2 has {values[0]!r}: it is another model")
+    return Config(
+        vocab_size=settings["vocab_size"],
+        context_length=settings["n_positions"],
+        d_model=settings["n_embd"],
+        n_layers=settings["n_layer"],
+        n_heads=settings["n_head"],
+        dropout=settings.get("resid_pdrop", 0.1),
+    )
+
+
 def build(config: Config) -> GPT2:
     """A GPT-2 with fresh weights."""
     torch.manual_seed(config.training.seed)
@@ -276,7 +319,8 @@ def train(config: Config, run: Run) -> GPT2:
     """Train on the configured corpus; goes on where the run was stopped. The loss is in nats a token."""
     corpus = _corpus(config)
     model = build(config)
-    save_pretrained(model, config, run.path / "model", system="gpt2", tokenizer=corpus.tokenizer)
+    if run.leader:
+        save_description(config, run.path / "model", system="gpt2", tokenizer=corpus.tokenizer)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         return {"validation_loss": validation_loss(model, corpus.validation, config.context_length, windows=256)}
@@ -325,27 +369,6 @@ def sample(
     text = tokenizer.decode(tokens)
     run.text(f"sample from {prompt!r}" if prompt.strip() else "sample", text)
     return text
-
-
-def from_pretrained(source: str | Path) -> tuple[GPT2, Tokenizer | None]:
-    """A trained GPT-2 and its tokenizer, from a folder of ours, or in the published layout (``openai-community/gpt2``).
-
-    Raises:
-        UserError: there is nothing there, it is damaged, or it is not a GPT-2.
-    """
-    tied = {"lm_head.weight": "wte.weight"}
-    return load_pretrained(source, "gpt2", Config, GPT2, NAMES, _from_published, tied=tied)
-
-
-def _from_published(settings: dict[str, Any]) -> Config:
-    return Config(
-        vocab_size=settings["vocab_size"],
-        context_length=settings["n_positions"],
-        d_model=settings["n_embd"],
-        n_layers=settings["n_layer"],
-        n_heads=settings["n_head"],
-        dropout=settings.get("resid_pdrop", 0.1),
-    )
 
 
 def _corpus(config: Config) -> Corpus:

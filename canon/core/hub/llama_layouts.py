@@ -6,7 +6,8 @@ with the names of its parameters.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,12 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from canon.core.errors import UserError
-from canon.core.hub.gguf import GGUF
+from canon.core.hub.gguf import GGUF, GGUFTensor
+from canon.core.hub.pretrained import check_fit
 from canon.core.hub.tensors import load_tensors
 
 Layout = Literal["hugging_face", "meta", "gguf"]
 Settings = dict[str, Any]
 T = TypeVar("T")
+
+SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+LARGEST = 1 << 24  # of any size: sixteen million, more than any published model says
+SMALL_TABLE = 1 << 24  # numbers in a table of rotations that any file may ask for: 128k positions of heads of 128
 
 LAYOUTS: tuple[Layout, ...] = ("hugging_face", "meta", "gguf")
 LAYER_PREFIX = ("model.layers.{i}.", "layers.{i}.", "blk.{i}.")
@@ -71,6 +77,11 @@ def collect(tensors: Mapping[str, T], settings: Settings, layout: Layout, what: 
     Raises:
         UserError: tensors are missing or left over; ``what`` names the checkpoint.
     """
+    if settings["n_layers"] > len(tensors):  # so no table of names is longer than the file
+        raise UserError(
+            f"the weights of {what} do not fit: of {settings['n_layers']} layers most are missing, for there are "
+            f"{len(tensors)} tensors; download it again"
+        )
     table = names(settings["n_layers"], settings["tied"], layout)
     wanted = {name for parts in table.values() for name in parts}
     missing = sorted(wanted - tensors.keys())
@@ -83,6 +94,33 @@ def collect(tensors: Mapping[str, T], settings: Settings, layout: Layout, what: 
     return {ours: [tensors[name] for name in parts] for ours, parts in table.items()}
 
 
+def check_context(context_length: int, d_head: int, tensors: Mapping[str, Tensor | GGUFTensor], what: str) -> None:
+    """Refuse a context whose table of rotations would be larger than the model, for then the file lies.
+
+    Raises:
+        UserError: it would.
+    """
+    if context_length * d_head > max(SMALL_TABLE, sum(math.prod(tensor.shape) for tensor in tensors.values())):
+        raise UserError(
+            f"{what} says context_length is {context_length}, and its rotations would be larger than its weights: "
+            "download it again"
+        )
+
+
+def check_shapes(own: Mapping[str, Tensor], parts: Mapping[str, Sequence[Tensor | GGUFTensor]], what: str) -> None:
+    """Compare the parts of each weight, one above the other, with the ``state_dict`` of the model they are for.
+
+    Raises:
+        UserError: one is of another shape.
+    """
+    shapes = {}
+    for name, tensors in parts.items():
+        width = tuple(own[name].shape[1:])
+        odd = [tuple(tensor.shape) for tensor in tensors if not tensor.shape or tuple(tensor.shape[1:]) != width]
+        shapes[name] = odd[0] if odd else (sum(tensor.shape[0] for tensor in tensors), *width)
+    check_fit(own, shapes, what=what)
+
+
 def from_published(tensors: Mapping[str, Tensor], settings: Settings, layout: Layout, what: str) -> dict[str, Tensor]:
     """Published weights under our names and in our order.
 
@@ -91,10 +129,13 @@ def from_published(tensors: Mapping[str, Tensor], settings: Settings, layout: La
     """
     if layout == "hugging_face":
         d_head = settings["d_model"] // settings["n_heads"]
-        tensors = {
-            name: halves_to_pairs(weight, d_head) if name.endswith(TURNED) else weight
-            for name, weight in tensors.items()
-        }
+        turned = {name: weight for name, weight in tensors.items() if name.endswith(TURNED)}
+        for name, weight in turned.items():
+            if weight.shape[0] % d_head:
+                raise UserError(
+                    f"the weights of {what} do not fit: {name} has {len(weight)} rows for heads of {d_head}"
+                )
+        tensors = {**tensors, **{name: halves_to_pairs(weight, d_head) for name, weight in turned.items()}}
     return {ours: torch.cat(parts) for ours, parts in collect(tensors, settings, layout, what).items()}
 
 
@@ -133,14 +174,18 @@ def hugging_face_settings(published: Mapping[str, Any]) -> Settings:
     """From a ``config.json``.
 
     Raises:
-        UserError: it is of another model, or of a variant with biases or scaled rotations.
+        UserError: it is of another model, of a variant with biases, scaled rotations or another activation, or damaged.
     """
     scaling = published.get("rope_scaling") or published.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise UserError(f"the checkpoint's rope_scaling is {str(scaling)[:40]}, not an object: download it again")
     rope = scaling.get("rope_type", scaling.get("type", "default"))
     if published.get("model_type") != "llama":
         raise UserError(f"the checkpoint is a {published.get('model_type', 'unknown')!r}, not a 'llama'")
     if rope != "default" or published.get("attention_bias") or published.get("mlp_bias"):
         raise UserError(f"this LLaMA has biases or {rope!r} rotations, which the paper's model has not")
+    if (activation := published.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"this LLaMA gates with {activation!r}, and the paper's model with 'silu'")
     try:
         settings = {
             "vocab_size": published["vocab_size"],
@@ -151,12 +196,12 @@ def hugging_face_settings(published: Mapping[str, Any]) -> Settings:
             "n_kv_heads": published.get("num_key_value_heads") or published["num_attention_heads"],
             "d_ff": published["intermediate_size"],
             "norm_eps": published.get("rms_norm_eps", 1e-6),
-            "rope_theta": float(published.get("rope_theta") or scaling.get("rope_theta", 10_000.0)),
-            "tied": published.get("tie_word_embeddings", False),
+            "rope_theta": published.get("rope_theta") or scaling.get("rope_theta", 10_000.0),
+            "tied": bool(published.get("tie_word_embeddings", False)),
         }
     except KeyError as error:
         raise UserError(f"the checkpoint's config.json lacks {error}") from error
-    return _checked(settings, published.get("head_dim"))
+    return _checked(settings, "the checkpoint's config.json", published.get("head_dim"))
 
 
 def gguf_settings(file: GGUF) -> Settings:
@@ -177,23 +222,25 @@ def gguf_settings(file: GGUF) -> Settings:
             raise UserError(f"{file.path} lacks llama.{key}: the file is damaged, download it again")
         return found
 
-    if "token_embd.weight" not in file.tensors:
-        raise UserError(f"{file.path} lacks token_embd.weight: the file is damaged, download it again")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError(f"{file.path} lacks a matrix token_embd.weight: the file is damaged, download it again")
     n_heads = value("attention.head_count")
     settings = {
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "vocab_size": embedding.shape[0],
         "context_length": value("context_length"),
         "d_model": value("embedding_length"),
         "n_layers": value("block_count"),
         "n_heads": n_heads,
         "n_kv_heads": value("attention.head_count_kv", n_heads),
         "d_ff": value("feed_forward_length"),
-        # float32 in the file: back to the decimal number that was meant
-        "norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": float(value("rope.freq_base", 10_000.0)),
+        "norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_theta": value("rope.freq_base", 10_000.0),
         "tied": "output.weight" not in file.tensors,
     }
-    return _checked(settings, value("rope.dimension_count", 0))
+    settings = _checked(settings, str(file.path), value("rope.dimension_count", 0))
+    # float32 in the file: back to the decimal number that was meant
+    return settings | {"norm_eps": float(f"{settings['norm_eps']:.6g}")}
 
 
 def read_meta(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
@@ -217,9 +264,9 @@ def read_meta(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
             "rope_theta": params.get("rope_theta", 10_000.0),
             "tied": False,
         }
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{folder} is not a complete release of Meta's ({error!r}); download it again") from error
-    return settings, tensors
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder} is not a complete release of Meta's ({error!r:.160}); download it again") from error
+    return _checked(settings, str(folder / "params.json"), None), tensors
 
 
 def _unsplit(name: str, shards: list[Tensor]) -> Tensor:
@@ -229,8 +276,24 @@ def _unsplit(name: str, shards: list[Tensor]) -> Tensor:
     return torch.cat(shards, dim=1 if by_columns else 0)
 
 
-def _checked(settings: Settings, d_head: int | None) -> Settings:
-    usual = settings["d_model"] // settings["n_heads"]
+def _checked(settings: Settings, what: str, d_head: Any) -> Settings:
+    """The settings, once their numbers can be those of a model; ``what`` says where they stand."""
+    for name in SIZES:
+        size = settings.get(name, 1)  # Meta's release does not say its context
+        if type(size) is not int or not 1 <= size <= LARGEST:
+            raise UserError(f"{what} says {name} is {size!r:.40}, not a number from 1 to {LARGEST}: download it again")
+    for name in ("norm_eps", "rope_theta"):
+        number = settings[name]
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+            raise UserError(f"{what} says {name} is {number!r:.40}, not a positive number: download it again")
+        settings[name] = float(number)
+    d_model, n_heads, n_kv_heads = (settings[name] for name in ("d_model", "n_heads", "n_kv_heads"))
+    if d_model % (2 * n_heads) or n_heads % n_kv_heads:
+        raise UserError(
+            f"{what} says {n_heads} heads, {n_kv_heads} of them with keys, share a width of {d_model}, "
+            "which does not divide evenly: download it again"
+        )
+    usual = d_model // n_heads
     if d_head and d_head != usual:
         raise UserError(f"this LLaMA has heads of {d_head}, not of d_model / n_heads = {usual}")
     return settings

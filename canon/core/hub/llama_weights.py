@@ -3,13 +3,14 @@
 import ctypes
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from canon.core.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from canon.core.device import bf16_pays, pick_device
+from canon.core.errors import UserError
 from canon.core.hub import llama_layouts as layouts
 from canon.core.hub.gguf import GGUF, GGUFTensor
 from canon.core.hub.pretrained import load_config, load_pretrained, load_weights, no_initialisation, resolve
@@ -19,6 +20,7 @@ from canon.core.nn import fused
 from canon.core.nn.quantized import PackedMatrix, QuantizedEmbedding, QuantizedLinear, can_pack
 
 Precision = Literal["fast", "exact"]
+T = TypeVar("T", Tensor, GGUFTensor)
 
 
 class Kind:
@@ -52,23 +54,27 @@ def load_llama(source: str | Path, precision: Precision, kind: Kind) -> tuple[An
     if path.suffix == ".gguf":
         file = GGUF(path)
         settings, tokenizer = layouts.gguf_settings(file), gguf_tokenizer(file.metadata)
-        if precision == "fast" and pick_device().type == "cpu" and (compiled := fused.library()):
-            parts = layouts.collect(file.tensors, settings, "gguf", what)
-            if _packs(settings, parts):
-                return _packed(kind, settings, parts, compiled).eval(), tokenizer
-        weights = layouts.from_published(file.load(), settings, "gguf", what)
-        return _rounded(_assemble(kind, settings, weights, what), precision), tokenizer
+        if tokenizer.vocab_size > settings["vocab_size"]:
+            raise UserError(
+                f"{path} has {tokenizer.vocab_size} tokens and rows for {settings['vocab_size']}: download it again"
+            )
+        model, parts = _empty(kind, settings, file.tensors, "gguf", what)
+        packs = precision == "fast" and pick_device().type == "cpu" and _packs(settings, parts)
+        if packs and (compiled := fused.library()):
+            return _packed(model, parts, compiled).eval(), tokenizer
+        return _rounded(_filled(model, settings, file.load(), "gguf", what), precision), tokenizer
 
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
     if (folder / "params.json").is_file():
         settings, tensors = layouts.read_meta(folder)
-        model = _assemble(kind, settings, layouts.from_published(tensors, settings, "meta", what), what)
+        model, _ = _empty(kind, settings, tensors, "meta", what)
+        model = _filled(model, settings, tensors, "meta", what)
     elif "system" in (published := load_config(folder)):
         model, tokenizer = load_pretrained(path, "llama", kind.config, kind.model, {}, layouts.hugging_face_settings)
     else:
-        settings = layouts.hugging_face_settings(published)
-        weights = layouts.from_published(load_tensors(path), settings, "hugging_face", what)
-        model = _assemble(kind, settings, weights, what)
+        settings, tensors = layouts.hugging_face_settings(published), load_tensors(path)
+        model, _ = _empty(kind, settings, tensors, "hugging_face", what)
+        model = _filled(model, settings, tensors, "hugging_face", what)
     return _rounded(model, precision), tokenizer
 
 
@@ -77,10 +83,28 @@ def published_weights(model: nn.Module, config: object) -> dict[str, Tensor]:
     return layouts.to_hugging_face(model.state_dict(), vars(config))
 
 
-def _assemble(kind: Kind, settings: layouts.Settings, weights: Mapping[str, Tensor], what: str) -> Any:
-    """A model in float32 with the given weights."""
+def _empty(
+    kind: Kind, settings: layouts.Settings, tensors: Mapping[str, T], layout: layouts.Layout, what: str
+) -> tuple[Any, dict[str, list[T]]]:
+    """A model without memory, and the parts of each of its weights, which fit it: what a file says of itself may lie.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape, or the context is out of proportion.
+    """
+    parts = layouts.collect(tensors, settings, layout, what)
+    config = kind.config(**settings)
+    layouts.check_context(config.context_length, config.d_head, tensors, what)
     with torch.device("meta"), no_initialisation():
-        model = kind.model(kind.config(**settings))
+        model = kind.model(config)
+    layouts.check_shapes(model.state_dict(), parts, what)
+    return model, parts
+
+
+def _filled(
+    model: Any, settings: layouts.Settings, tensors: Mapping[str, Tensor], layout: layouts.Layout, what: str
+) -> Any:
+    """The model of `_empty` in float32 with the given weights."""
+    weights = layouts.from_published(tensors, settings, layout, what)
     model.to_empty(device="cpu")
     model.set_rotations()
     if settings["tied"]:
@@ -99,12 +123,8 @@ def _packs(settings: layouts.Settings, parts: Mapping[str, list[GGUFTensor]]) ->
     return settings["d_model"] // settings["n_heads"] % 32 == 0 and all(can_pack(*tensors) for tensors in matrices)
 
 
-def _packed(
-    kind: Kind, settings: layouts.Settings, parts: Mapping[str, list[GGUFTensor]], compiled: ctypes.CDLL
-) -> Any:
-    """A model whose linear layers and embedding are packed; norms stay in float32."""
-    with torch.device("meta"), no_initialisation():
-        model = kind.model(kind.config(**settings))
+def _packed(model: Any, parts: Mapping[str, list[GGUFTensor]], compiled: ctypes.CDLL) -> Any:
+    """The model of `_empty` with its linear layers and embedding packed; norms stay in float32."""
     model.set_rotations()
     config = model.config
     packed: dict[str, PackedMatrix] = {}

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -58,12 +58,17 @@ def save_pretrained(
     Raises:
         UserError: the disk is full or not writable.
     """
+    save_description(config, folder, system=system, tokenizer=tokenizer)
+    save_tensors(model.state_dict(), Path(folder) / WEIGHTS_FILE)
+
+
+def save_description(config: object, folder: str | Path, *, system: str, tokenizer: Saves | None = None) -> None:
+    """Write what stands beside the weights, which training adds; the arguments are those of `save_pretrained`."""
     folder = Path(folder)
     write_atomic(folder / CONFIG_FILE, to_json({"system": system, **plain(config)}, indent=2) + "\n")
     if tokenizer is not None:
         with disk_errors(str(folder)):
             tokenizer.save(folder)
-    save_tensors(model.state_dict(), folder / WEIGHTS_FILE)
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -203,15 +208,38 @@ def load_weights(
         UserError: tensors are missing, unexpected, or of another shape; the line names the first few.
     """
     own = model.state_dict()
-    renamed, unexpected = (dict(tensors), []) if names is None else _rename(tensors, names, tied or {})
-    unexpected += [name for name in renamed if name not in own]
-    weights = {name: tensor for name, tensor in renamed.items() if name in own}
-    filled = {own[name].data_ptr() for name in weights}  # of two names for one tensor, either will do
-    missing = [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in filled]
+    weights, unknown = (tensors, []) if names is None else _rename(tensors, names, tied or {})
+    check_fit(own, {name: tuple(tensor.shape) for name, tensor in weights.items()}, unknown, what)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def check_fit(
+    own: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    unknown: Sequence[str] = (),
+    what: str = "the checkpoint",
+) -> None:
+    """Compare a checkpoint with a model, which may be on the meta device: nothing is allocated.
+
+    Args:
+        own: the model's ``state_dict``.
+        shapes: of the checkpoint's tensors, under the model's names.
+        unknown: published names for which there are none.
+        what: names the checkpoint.
+
+    Raises:
+        UserError: see `load_weights`.
+    """
+    unexpected = [*unknown, *(name for name in shapes if name not in own)]
+    # Of two names for one tensor, either will do; on the meta device all addresses are 0, so storages are compared.
+    filled = {own[name].untyped_storage()._cdata for name in shapes if name in own}
+    missing = [name for name, tensor in own.items() if tensor.untyped_storage()._cdata not in filled]
     misshapen = [
-        f"{name}: {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-        for name, tensor in weights.items()
-        if tensor.shape != own[name].shape
+        f"{name}: {shape} instead of {tuple(own[name].shape)}"
+        for name, shape in shapes.items()
+        if name in own and shape != tuple(own[name].shape)
     ]
     faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
     if any(found for _, found in faults):
@@ -221,9 +249,6 @@ def load_weights(
             if found
         ]
         raise UserError(f"the weights of {what} do not fit: {'; '.join(said)}; take a checkpoint of this very model")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
 
 
 def _rename(

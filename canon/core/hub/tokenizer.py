@@ -17,9 +17,9 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from canon.core.data.tokenizers import BPETokenizer
+from canon.core.data.tokenizers import TOKENIZER_CONFIG_FILE, BPETokenizer
 from canon.core.errors import UserError
-from canon.core.lab.files import write_atomic
+from canon.core.lab.files import merge_json, write_atomic
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 
@@ -127,7 +127,6 @@ def _sentencepiece(vocab: dict[str, int], metadata: Mapping[str, Any]) -> tokeni
 # --- Chat -------------------------------------------------------------------------------------------------------------
 
 TEMPLATE_FILE = "chat_template.jinja"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,8 @@ class ChatTemplate:
         """Write it into a folder in the published layout, for `load_chat_template`."""
         folder = Path(folder)
         write_atomic(folder / TEMPLATE_FILE, self.source)
-        tokens = {name: text for name, text in asdict(self).items() if name != "source"}
-        write_atomic(folder / TOKENIZER_CONFIG_FILE, json.dumps(tokens, indent=2, ensure_ascii=False) + "\n")
+        tokens = {name: text for name, text in asdict(self).items() if name != "source" and text}
+        merge_json(folder / TOKENIZER_CONFIG_FILE, tokens)  # beside what the tokenizer wrote there
 
 
 def gguf_chat_template(metadata: Mapping[str, Any]) -> ChatTemplate | None:

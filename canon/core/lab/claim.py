@@ -29,6 +29,7 @@ from canon.core.lab.files import merge_json, plain, to_json, write_atomic
 from canon.core.lab.progress import show_progress
 from canon.core.lab.run import Run
 from canon.core.lab.sources import fingerprint
+from canon.core.lab.statistics import mean_interval
 from canon.core.lab.threshold import Threshold
 
 Verdict = Literal["reproduced", "partly", "not reproduced here", "error"]
@@ -171,7 +172,7 @@ def claims_of(module: ModuleType) -> list[Claim]:
 
 @dataclass(frozen=True)
 class Record:
-    """What the verification of a claim found. ``measured`` and ``sabotage`` hold, by name, mean, sd and values."""
+    """What the verification of a claim found: mean, sd, interval and values of what was measured, by name."""
 
     system: str
     claim: str
@@ -324,13 +325,14 @@ def _trial(claim: Claim, lab: Lab, sabotage: bool) -> tuple[dict[str, float], fl
 
 
 def _spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Mean, sample standard deviation (None for one run) and values of each number over runs."""
+    """Mean, sample standard deviation, its 95% interval (both None for one run) and values of each number over runs."""
     spread = {}
     for name in runs[0] if runs else ():
         values = [numbers[name] for numbers in runs if name in numbers]
         finite = len(values) > 1 and all(abs(value) < sys.float_info.max for value in values)
         deviation = statistics.stdev(values) if finite else None
-        spread[name] = {"mean": _mean(values), "sd": deviation, "values": values}
+        interval = list(mean_interval(values)) if finite else None
+        spread[name] = {"mean": _mean(values), "sd": deviation, "interval": interval, "values": values}
     return spread
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from canon.core.errors import disk_errors
+from canon.core.errors import UserError, disk_errors
 
 
 def plain(value: Any) -> Any:
@@ -57,8 +57,22 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one when there is no file."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    """The object in a JSON file; an empty one when there is no file.
+
+    Raises:
+        UserError: the file cannot be read, or holds no JSON object.
+    """
+    with disk_errors(str(path), "read"):
+        if not path.is_file():
+            return {}
+        content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path} is damaged ({error}): restore it, or delete it and make it anew") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (no JSON object): restore it, or delete it and make it anew")
+    return value
 
 
 def merge_json(path: Path, values: dict[str, Any]) -> None:

@@ -115,8 +115,8 @@ def _row(record: Record) -> str:
 
 
 def _numbers(measured: dict[str, dict[str, Any]]) -> str:
-    """Each number as mean ± standard deviation, and over how many seeds."""
-    shown = "<br>".join(f"{name} {spread(entry['mean'], entry['sd'])}" for name, entry in measured.items())
+    """Each number as mean ± standard deviation [95% interval of the mean], and over how many seeds."""
+    shown = "<br>".join(f"{name} {spread(entry)}" for name, entry in measured.items())
     runs = max((len(entry["values"]) for entry in measured.values()), default=0)
     return f"{shown} ({runs} seeds)" if runs > 1 else shown
 

@@ -207,7 +207,7 @@ def _claim(record: Record) -> dict[str, Any]:
         rows.append(
             {
                 "name": words(name),
-                "mean": spread(entry["mean"], entry["sd"]),
+                "mean": spread(entry),
                 "sabotaged": number(broken[name]) if name in broken else "",
                 "strip": charts.strip(entry["values"], sabotaged, limits[name], words(name)) if drawn else "",
             }

@@ -14,9 +14,14 @@ ROOT = Path(canon.__file__).parent.parent
 
 
 def fingerprint(function: Callable[..., Any], device: str) -> str:
-    """Twelve hex digits over the function's file, every Canon file it imports (at any depth), torch and the device."""
+    """Twelve hex digits over the function's file, every Canon file it imports (at any depth), torch and the device.
+
+    What lies beside a Python file and is no Python (C sources, recorded references) counts as part of it.
+    """
     digest = hashlib.sha256(f"{version('torch')} {device}".encode())
-    for path in sorted(closure(Path(inspect.getfile(function)))):
+    files = closure(Path(inspect.getfile(function)))
+    beside = {other for path in files for other in path.parent.iterdir() if other.suffix in (".c", ".h", ".json")}
+    for path in sorted(files | beside):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -1,6 +1,7 @@
 """Numbers, spans of time and names as people read them, on pages and in terminals."""
 
 import math
+from typing import Any
 
 UNITS = {"tokens_per_second": "tokens/s", "examples_per_second": "examples/s", "utilisation": "model FLOPs utilisation"}
 
@@ -27,9 +28,16 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def spread(mean: float, deviation: float | None) -> str:
-    """``mean ± standard deviation``, the deviation with two significant digits; the mean alone when there is none."""
-    return number(mean) if deviation is None else f"{number(mean)} ± {number(float(f'{deviation:.2g}'))}"
+def spread(entry: dict[str, Any]) -> str:
+    """A measured number of a claim's record: ``mean ± standard deviation [95% interval of the mean]``.
+
+    The deviation has two significant digits; the mean stands alone where it has none, or none to speak of.
+    """
+    mean, deviation = number(entry["mean"]), entry["sd"]
+    if not deviation:
+        return mean
+    low, high = map(number, entry["interval"])
+    return f"{mean} ± {number(float(f'{deviation:.2g}'))} [{low}, {high}]"
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,6 @@
 // At batch 1 a token costs as much as reading the weights once, unless the pauses between some 500 PyTorch operations
 // come on top; here there are four barriers a layer. Names and order are those of canon/language/llama.
 
-#include <math.h>
 #include "quantized.c"
 
 typedef struct {
@@ -18,27 +17,6 @@ typedef struct {
     Matrix head;
     const Layer *layers;
 } Model;
-
-// exp(x) = 2^n 2^f with n the integer nearest to x / ln 2; 2^f by its Taylor series, relative error below 2e-7. The
-// exponent is kept between -126 and 126, so that the result is a positive, normal number.
-static inline f32 exp16(f32 x) {
-    f32 t = x * 1.442695041f;
-    i32 small = t < -126.0f, large = t > 126.0f;
-    t = (f32)((i32)t & ~small & ~large | (i32)((f32){0} - 126) & small | (i32)((f32){0} + 126) & large);
-    f32 n = (t + 12582912.0f) - 12582912.0f, f = (t - n) * 0.6931471806f;  // adding 1.5 * 2^23 rounds
-    f32 y = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
-    return (f32)((i32)y + (__builtin_convertvector(n, i32) << 23));
-}
-
-static inline float sum16(f32 v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
-#endif
-}
 
 // y = x / rms(x) * weight, and its group sums
 static void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *y, float *sums) {

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from canon.core import native
 from canon.core.generation.cache import KVCache
-from canon.core.nn import quantized
 from canon.core.nn.quantized import MatrixStruct, PackedMatrix
 
 P, N = ctypes.c_void_p, ctypes.c_int64
@@ -41,8 +40,8 @@ class ModelStruct(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled fused.c, quantized.c included; None where there is no C compiler."""
-    compiled = native.load_c(Path(__file__).with_name("fused.c"), quantized.SOURCE)
+    """The compiled fused.c; None where there is no C compiler."""
+    compiled = native.load_c(Path(__file__).with_name("fused.c"))
     if compiled is not None:
         compiled.decode.argtypes = [ctypes.POINTER(ModelStruct), P, P, P, N, N, P, ctypes.c_int]
         compiled.decode.restype = None

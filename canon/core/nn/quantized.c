@@ -4,14 +4,8 @@
 // rows, and for each group of 32 columns it holds the first 32-bit word of the 16 blocks, then the second, and so on.
 // One vector register thus holds the same columns of 16 rows: its lanes are 16 running sums, the input is broadcast,
 // and nothing is ever summed across lanes. Weights are unpacked to float32 and never rounded, nor are the inputs.
-//
-// Plain C with GCC's vector extensions (also Clang's), so any processor runs it; AVX-512 gets two shortcuts.
 
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "../vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -19,36 +13,13 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-#define LANES 16
 #define GROUP 32
-typedef float f32 __attribute__((vector_size(64)));
-typedef int32_t i32 __attribute__((vector_size(64)));
-typedef uint32_t u32 __attribute__((vector_size(64)));
-typedef uint16_t u16 __attribute__((vector_size(32)));
-typedef float f32_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t u16_any __attribute__((vector_size(32), aligned(2), may_alias));
-#define LOAD(p) (*(const f32_any *)(p))
-#define STORE(p, v) (*(f32_any *)(p) = (v))
 
 enum { Q4_1 = 3, Q8_0 = 8 };                                // GGML's numbers
 typedef struct { u32 scale_and_minimum, q[4]; } Q4Tile;     // w = d q + m, d and m in float16
 typedef struct { uint8_t scale[32], q[8][64]; } Q8Tile;     // w = d q
 typedef struct { const void *data; int64_t type, rows, columns; } Matrix;
 
-static inline u32 widen(u16 v) {
-#ifdef __AVX512F__
-    return (u32)_mm512_cvtepu16_epi32((__m256i)v);
-#else
-    return __builtin_convertvector(v, u32);
-#endif
-}
-
-// bfloat16 is the upper half of a float32; rounding is to the nearest, ties to even.
-static inline f32 from_bf16(const uint16_t *p) { return (f32)(widen(*(const u16_any *)p) << 16); }
-static inline u16 to_bf16(f32 v) {
-    u32 bits = (u32)v;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
-}
 // float16 in the lower halves of the lanes: its fields shifted into place, and 2^112 for the difference of the biases.
 static inline f32 from_f16(u32 v) {
     f32 magnitude = (f32)((v & 0x7fff) << 13) * 0x1p112f;

@@ -9,7 +9,6 @@ there a layer is unpacked to bfloat16, which costs little beside the product, an
 
 import ctypes
 from functools import partial
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from canon.core.hub.gguf import GGUFTensor
 
-SOURCE = Path(__file__).with_name("quantized.c")
 TYPES = {"Q4_1": (3, 20), "Q8_0": (8, 34)}
 """Type -> GGML's number of it, bytes of a block."""
 LANES, GROUP = 16, 32

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.optim import Optimizer
@@ -55,14 +56,15 @@ def save_checkpoint(
     with disk_errors(f"checkpoint {target}"):
         try:
             if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                for abandoned in folder.glob("*.partial"):  # by a process that was killed while it saved
+                    shutil.rmtree(abandoned)
                 partial.mkdir(parents=True)
             _barrier(processes)
             _quietly(dcp.save, {"model": weights, "optimizer": state, **tensors}, partial, no_dist=processes == 1)
             if rank == 0:
                 manifest = {"step": step, "extra": plain, "files": _digests(partial)}
                 (partial / _MANIFEST).write_text(json.dumps(manifest))
-                for file in partial.iterdir():
+                for file in (*partial.iterdir(), partial):
                     _to_disk(file)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
@@ -112,6 +114,14 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """All weights on the CPU, gathered from all processes (empty except on the first of them)."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+
+
+def set_full_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a model, possibly sharded, the weights that :func:`full_weights` gathered (the same on every process)."""
+    for module in model.modules():
+        if reshard := getattr(module, "reshard", None):  # FSDP2 leaves weights gathered after an evaluation
+            reshard()
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
 
 
 def _verified(path: Path) -> dict[str, Any]:

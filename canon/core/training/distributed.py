@@ -7,14 +7,17 @@ processes and a run may be resumed on more or fewer of them.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from canon.core import device as devices
 from canon.core.errors import UserError
+
+T = TypeVar("T")
 
 # Below this many parameters a copy of everything on each device is cheaper than gathering shards at every layer.
 _SHARD_FROM = 500_000_000
@@ -25,7 +28,10 @@ def world() -> tuple[int, int]:
     if "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = devices.pick_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # collectives run on the current device
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -42,7 +48,7 @@ def distribute(model: nn.Module, device: torch.device, parallel: Literal["auto",
 
     ``ddp`` keeps a full copy on each process (Li et al. 2020, arXiv 2006.15704). ``fsdp`` shards parameters, gradients
     and optimiser state (FSDP2's ``fully_shard``; Zhao et al. 2023, arXiv 2304.11277), layer by layer: every member of
-    a ``ModuleList`` is one unit. ``auto`` shards from half a billion parameters on.
+    an outermost ``ModuleList`` is one unit. ``auto`` shards from half a billion parameters on.
     """
     if world()[1] == 1:
         return model
@@ -52,10 +58,15 @@ def distribute(model: nn.Module, device: torch.device, parallel: Literal["auto",
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     from torch.distributed.fsdp import fully_shard  # a second of imports that a single process never needs
 
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                fully_shard(layer)
+    def shard_layers(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                for layer in child:
+                    fully_shard(layer)
+            else:
+                shard_layers(child)
+
+    shard_layers(model)
     for child in model.children():  # not the wrapper itself, so that evaluation may call the model without it
         fully_shard(child)
     return model
@@ -107,6 +118,15 @@ def rows_of(batch: Any) -> int:
     while not isinstance(batch, Tensor):
         batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
     return len(batch)
+
+
+def of_leader(value: T) -> T:
+    """What the first process says, on all of them: a value that each would choose differently, such as the time."""
+    if world()[1] == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said)
+    return said[0]
 
 
 def sum_over_processes(value: float, device: torch.device) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from canon.core import device as devices
 from canon.core.errors import UserError
-from canon.core.hub.tensors import save_tensors
+from canon.core.hub.tensors import WEIGHTS_FILE, save_tensors
 from canon.core.lab.run import Run
 from canon.core.training import averaging, distributed
 from canon.core.training.checkpoint import checkpoints, full_weights, load_checkpoint, save_checkpoint
@@ -73,8 +73,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "learning_rate", "log_every"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name, limit in (("warmup_steps", math.inf), ("clip_norm", math.inf), ("ema_decay", 1), ("seed", 2**32)):
+            if not 0 <= getattr(self, name) < limit:
+                raise UserError(f"{name} must be at least 0 and less than {limit}, not {getattr(self, name)}")
         if self.accumulation > self.batch_size:
             raise UserError(f"a batch of {self.batch_size} cannot be computed in {self.accumulation} parts")
 
@@ -177,11 +180,16 @@ def fit(
     last_save = time.monotonic()
     with stop_signals() as stop, run.progress(config.steps, "training", start) as progress:
         for step in range(start, config.steps):
-            _seed((config.seed * 1_000_003 + step) * 1_009 + rank, device)
+            seed = (config.seed * 1_000_003 + step) * 1_009 + rank
+            _seed(seed, device)
             batch = next(batches)
             batch = distributed.move(distributed.my_rows(batch, rank, processes) if processes > 1 else batch, device)
-            with meter.counting(batch, count_flops=step == start):
-                loss, metrics = _backward(wrapped, batch, config.accumulation, dtype, device)
+            parts = min(config.accumulation, distributed.rows_of(batch))
+            if step == start:
+                meter.measure(model, distributed.my_rows(batch, 0, parts))
+                _seed(seed, device)
+            loss, metrics = _backward(wrapped, batch, parts, dtype, device)
+            meter.count(batch, metrics)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
             first_bad = torch.where((first_bad < 0) & ~(loss.isfinite() & norm.isfinite()), step, first_bad)
             rate = learning_rate_at(
@@ -282,7 +290,7 @@ def _export(model: nn.Module, average: dict[str, Tensor], folder: Path) -> None:
     with torch.no_grad(), averaging.using(model, average):
         weights = full_weights(model)
     if distributed.world()[0] == 0:
-        save_tensors(weights, folder / "model.safetensors")
+        save_tensors(weights, folder / WEIGHTS_FILE)
 
 
 def _diverged(step: int, config: TrainingConfig, saved: list[Path]) -> Diverged:

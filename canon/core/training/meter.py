@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from canon.core import device as devices
 from canon.core.training import distributed
@@ -17,40 +17,44 @@ def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **
     return sdpa_flop_count(q, k, v)
 
 
-def _attention_backward_flops(
-    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **_: Any
-) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-# torch counts the attention kernels of CUDA; these are the CPU's
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    # What has no entry is decomposed while counting, which rounds differently: the counted step must equal the others.
-    torch.ops.aten.silu_backward.default: lambda *args, **kwargs: 0,
-}
+# torch counts the attention kernels of CUDA; this is the CPU's
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class Meter:
-    """Loss, speed and utilisation between two readings."""
+    """Loss, speed and utilisation between two readings.
+
+    A training step is taken to be three forward passes' worth of floating-point operations, as usual: the backward
+    pass multiplies twice where the forward pass does once.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, processes: int):
         self.device, self.dtype, self.processes = device, dtype, processes
-        self.flops = 0.0
+        self.flops = 0.0  # of a training step, by token (by example where the model does not count tokens)
         self._reset()
 
     def _reset(self) -> None:
-        self.since, self.steps, self.examples, self.tokens = time.perf_counter(), 0, 0, 0.0
+        self.since, self.examples = time.perf_counter(), 0
+        self.tokens: float | Tensor = 0.0  # stays on the device: asking at every step would stall a GPU
 
-    @contextmanager
-    def counting(self, batch: Any, count_flops: bool) -> Iterator[None]:
-        """Count this step; in a first one also the floating-point operations of its matrix products."""
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) if count_flops else nullcontext() as counter:
-            yield
-        if counter:
-            self.flops = counter.get_total_flops()
-        self.steps, self.examples = self.steps + 1, self.examples + distributed.rows_of(batch)
+    def measure(self, model: Any, batch: Any) -> None:
+        """Count the operations of a forward pass, in one that leaves no trace.
+
+        Training itself is not counted: a counter takes some operations apart, which rounds differently.
+        """
+        training = model.training
+        model.eval()
+        with torch.no_grad(), devices.autocast(self.device, self.dtype):
+            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+                metrics = model.loss(batch)[1]
+        model.train(training)
+        self.flops = 3 * counter.get_total_flops() / float(metrics.get("tokens", distributed.rows_of(batch)))
+        self._reset()
+
+    def count(self, batch: Any, metrics: dict[str, Any]) -> None:
+        """Count a training step."""
+        rows = distributed.rows_of(batch)
+        self.examples, self.tokens = self.examples + rows, self.tokens + metrics.get("tokens", rows)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -64,13 +68,13 @@ class Meter:
         devices.synchronize(self.device)
         seconds = time.perf_counter() - self.since
         numbers = {key: float(value) for key, value in metrics.items() if key != "tokens"}
-        tokens = float(metrics.get("tokens", 1))
-        all_tokens = distributed.sum_over_processes(tokens, self.device)
-        mean = distributed.sum_over_processes(float(loss) * tokens, self.device) / all_tokens
+        weight = float(metrics.get("tokens", 1))
+        total = distributed.sum_over_processes(weight, self.device)
+        mean = distributed.sum_over_processes(float(loss) * weight, self.device) / total
         numbers = {"loss": mean, **numbers, **more, "examples_per_second": self.processes * self.examples / seconds}
+        tokens = float(self.tokens)
         if "tokens" in metrics:
-            numbers["tokens_per_second"] = all_tokens * self.steps / seconds
-        peak = devices.peak_flops(self.device, self.dtype)
-        numbers["utilisation"] = self.flops * self.steps / seconds / peak
+            numbers["tokens_per_second"] = distributed.sum_over_processes(tokens, self.device) / seconds
+        numbers["utilisation"] = self.flops * tokens / seconds / devices.peak_flops(self.device, self.dtype)
         self._reset()
         return numbers

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,7 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from canon.core.data.translation import BOS, PAD
+from canon.core.errors import UserError
 from canon.core.training.fit import TrainingConfig
+
+KeysValues = tuple[Float[Tensor, "batch heads source d_k"], Float[Tensor, "batch heads source d_k"]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,53 @@ class Config:
     """A translation has at most this many tokens more than its source."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it learns (§5.3)."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads < 1 or self.d_model % self.n_heads:
+            raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
+        if self.d_model % 2:  # positions are pairs of a sine and a cosine
+            raise UserError(f"d_model {self.d_model} is odd: take {self.d_model + 1}")
+
+
+# §5.3; the paper does not clip.
+ADAM = TrainingConfig(optimizer="adam", beta1=0.9, beta2=0.98, eps=1e-9, clip_norm=0.0, schedule="inverse_sqrt")
+
+
+def _published(d_model: int, steps: int, evaluate_every: int) -> TrainingConfig:
+    # Eq. 3: lrate = d_model^-0.5 min(step_num^-0.5, step_num warmup_steps^-1.5), whose peak is at warmup_steps = 4000
+    peak = (d_model * 4000) ** -0.5
+    return replace(ADAM, steps=steps, learning_rate=peak, warmup_steps=4000, evaluate_every=evaluate_every)
+
+
+PRESETS = {
+    "laptop": Config(
+        vocab_size=2000,
+        d_model=256,
+        n_layers=2,
+        n_heads=4,
+        d_ff=512,
+        tokens_per_batch=800,
+        training=replace(
+            ADAM,
+            steps=3800,
+            learning_rate=1.5e-3,
+            warmup_steps=300,
+            schedule="cosine",
+            final_fraction=0.02,
+            evaluate_every=190,
+        ),
+    ),
+    # Checkpoints were 10 minutes apart (§6.1) and a step took 0.4 s and 1.0 s (§5.2).
+    "base": Config(training=_published(512, steps=100_000, evaluate_every=1500)),
+    "big": Config(
+        d_model=1024,
+        n_heads=16,
+        d_ff=4096,
+        dropout=0.3,
+        averaged_checkpoints=20,
+        training=_published(1024, steps=300_000, evaluate_every=600),
+    ),
+}
 
 
 def positional_encoding(positions: Int[Tensor, " time"], d_model: int) -> Float[Tensor, "time d_model"]:
@@ -90,8 +140,6 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
-        if d_model % n_heads:
-            raise ValueError(f"d_model = {d_model} does not divide into {n_heads} heads")
         self.n_heads = n_heads
         # The h matrices W_i^Q stand side by side in one, likewise W_i^K and W_i^V; the paper gives them no bias.
         self.W_Q = nn.Linear(d_model, d_model, bias=False)
@@ -103,8 +151,8 @@ class MultiHeadAttention(nn.Module):
         """Deal the projected features out to the heads."""
         return rearrange(x, "batch time (heads d_k) -> batch heads time d_k", heads=self.n_heads)
 
-    def keys_values(self, x: Float[Tensor, "batch source d_model"]) -> tuple[Tensor, Tensor]:
-        """Keys and values of every head, each (batch, heads, source, d_k)."""
+    def keys_values(self, x: Float[Tensor, "batch source d_model"]) -> KeysValues:
+        """Keys and values of every head."""
         return self.split(self.W_K(x)), self.split(self.W_V(x))
 
     def forward(
@@ -113,9 +161,9 @@ class MultiHeadAttention(nn.Module):
         K: Float[Tensor, "batch heads source d_k"],
         V: Float[Tensor, "batch heads source d_k"],
         mask: Bool[Tensor, "#batch 1 #time source"],
-        maps: list[Tensor] | None = None,
+        maps: list[Float[Tensor, "batch heads time source"]] | None = None,
     ) -> Float[Tensor, "batch time d_model"]:
-        """Let every position of `x` look at `K` and `V`; `maps` receives the weights (batch, heads, time, source)."""
+        """Let every position of `x` look at `K` and `V`; `maps` receives the weights."""
         Q = self.split(self.W_Q(x))
         # head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)
         heads, weights = attention(Q, K, V, mask)
@@ -168,7 +216,7 @@ class EncoderLayer(nn.Module):
         self,
         x: Float[Tensor, "batch source d_model"],
         mask: Bool[Tensor, "batch 1 1 source"],
-        maps: list[Tensor] | None = None,
+        maps: list[Float[Tensor, "batch heads source source"]] | None = None,
     ) -> Float[Tensor, "batch source d_model"]:
         """One layer."""
         x = self.residuals[0](x, self.self_attention(x, *self.self_attention.keys_values(x), mask, maps))
@@ -189,21 +237,23 @@ class DecoderCache:
 
     def __init__(self, memory: Float[Tensor, "batch source d_model"], source_mask: Bool[Tensor, "batch 1 1 source"]):
         self.memory, self.source_mask = memory, source_mask
-        self.source: list[tuple[Tensor, Tensor]] = []
-        self.target: list[tuple[Tensor, Tensor]] = []
+        self.source: list[KeysValues] = []
+        self.target: list[KeysValues] = []
 
     @property
     def length(self) -> int:
         """Number of target tokens stored."""
         return self.target[-1][0].shape[2] if self.target else 0
 
-    def of_source(self, layer: int, attention: MultiHeadAttention) -> tuple[Tensor, Tensor]:
+    def of_source(self, layer: int, attention: MultiHeadAttention) -> KeysValues:
         """Keys and values of the encoder's output in this layer."""
         if layer == len(self.source):
             self.source.append(attention.keys_values(self.memory))
         return self.source[layer]
 
-    def of_target(self, layer: int, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    def of_target(
+        self, layer: int, K: Float[Tensor, "batch heads time d_k"], V: Float[Tensor, "batch heads time d_k"]
+    ) -> KeysValues:
         """Append the keys and values of new tokens; returns those of all tokens so far."""
         if layer == len(self.target):
             self.target.append((K, V))
@@ -235,7 +285,7 @@ class DecoderLayer(nn.Module):
         mask: Bool[Tensor, "time past_and_time"],
         cache: DecoderCache,
         layer: int,
-        maps: list[Tensor] | None = None,
+        maps: list[Float[Tensor, "batch heads time source"]] | None = None,
     ) -> Float[Tensor, "batch time d_model"]:
         """One layer for the positions of `x`, which follow the tokens in `cache`."""
         K, V = cache.of_target(layer, *self.self_attention.keys_values(x))
@@ -273,12 +323,16 @@ class Transformer(nn.Module):
         x = self.embedding(tokens) * math.sqrt(self.config.d_model)
         return self.dropout(x + positional_encoding(positions, self.config.d_model))
 
-    def encode(self, source: Int[Tensor, "batch source"], maps: list[Tensor] | None = None) -> DecoderCache:
+    def encode(
+        self,
+        source: Int[Tensor, "batch source"],
+        maps: list[Float[Tensor, "batch heads source source"]] | None = None,
+    ) -> DecoderCache:
         """Read the source once; returns what the decoder looks at.
 
         Args:
             source: token ids, padded with PAD.
-            maps: receives each layer's attention weights (batch, heads, source, source).
+            maps: receives each layer's attention weights.
         """
         mask = (source != PAD)[:, None, None, :]
         x = self.embed(source)
@@ -287,14 +341,17 @@ class Transformer(nn.Module):
         return DecoderCache(x, mask)
 
     def decode(
-        self, target: Int[Tensor, "batch time"], cache: DecoderCache, maps: list[Tensor] | None = None
+        self,
+        target: Int[Tensor, "batch time"],
+        cache: DecoderCache,
+        maps: list[Float[Tensor, "batch heads time source"]] | None = None,
     ) -> Float[Tensor, "batch time vocab"]:
         """Logits of the token after each of `target`, which continues what `cache` holds and is added to it.
 
         Args:
             target: token ids; all of them at once in training, one by one while translating.
             cache: from :meth:`encode`.
-            maps: receives each layer's attention over the source (batch, heads, time, source).
+            maps: receives each layer's attention over the source.
         """
         time, past = target.shape[1], cache.length
         # §3.2.3: position i may look at positions <= i, never at what follows
@@ -310,7 +367,7 @@ class Transformer(nn.Module):
         """Logits of the token after each token of `target` (which begins with BOS)."""
         return self.decode(target, self.encode(source))
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, batch: dict[str, Int[Tensor, "batch _"]]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Label-smoothed cross-entropy, averaged over the target's tokens.
 
         Args:
@@ -327,12 +384,12 @@ class Transformer(nn.Module):
 
 def smoothed_cross_entropy(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"], smoothing: float
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Cross-entropy against labels softened towards the uniform distribution (§5.4); PAD labels count for nothing."""
     keep = (labels != PAD).float()
     log_p = logits.float().log_softmax(dim=-1)
 
-    def mean(x: Tensor) -> Tensor:
+    def mean(x: Float[Tensor, "batch time"]) -> Float[Tensor, ""]:
         return (x * keep).sum() / keep.sum()
 
     nll = mean(-log_p.gather(2, labels[..., None])[..., 0])

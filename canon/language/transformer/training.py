@@ -6,81 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from canon.core.data.bleu import corpus_bleu, tokenize_13a
-from canon.core.data.translation import EOS, Pairs, SharedVocabulary, TranslationBatches, padded, translation_pairs
+from canon.core.data.translation import (
+    EOS,
+    Pairs,
+    SharedVocabulary,
+    TranslationBatches,
+    fitting,
+    padded,
+    translation_pairs,
+)
 from canon.core.data.translation import mask_placeholders as mask
 from canon.core.data.translation import restore_placeholders as restore
 from canon.core.errors import UserError
 from canon.core.generation.search import beam_search
-from canon.core.hub.pretrained import load_pretrained, save_pretrained
-from canon.core.hub.tensors import load_tensors, save_tensors
+from canon.core.hub.pretrained import load_pretrained, save_description
+from canon.core.hub.tensors import WEIGHTS_FILE, load_tensors, save_tensors
 from canon.core.lab import Run
 from canon.core.lab.maps import attention_figure
-from canon.core.training.checkpoint import full_weights
+from canon.core.training.checkpoint import full_weights, set_full_weights
 from canon.core.training.distributed import move
 from canon.core.training.fit import fit
 from canon.language.transformer.model import Config, Transformer, attention_maps
-
-
-@cache
-def corpus(languages: str, file: str, vocab_size: int) -> tuple[Pairs, SharedVocabulary]:
-    """Sentence pairs, and the vocabulary learned from both sides of their training part."""
-    pairs = translation_pairs(languages, file)
-    return pairs, SharedVocabulary.train(pairs.train, vocab_size)
-
-
-def batches(config: Config) -> TranslationBatches:
-    """The stream of training batches."""
-    pairs, vocabulary = corpus(config.languages, config.corpus, config.vocab_size)
-    return TranslationBatches(vocabulary.encode_pairs(pairs.train), config.tokens_per_batch, config.training.seed)
-
-
-def build(config: Config) -> Transformer:
-    """A fresh model; its weights are drawn from the training seed."""
-    torch.manual_seed(config.training.seed)
-    return Transformer(config)
-
-
-def average_weights(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several weights of one model (§6.1), summed in double precision."""
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
-        for name, value in states[0].items()
-    }
-
-
-def train(config: Config, run: Run) -> Transformer:
-    """Train, and end with the mean of the weights at the last evaluations; goes on where the run was stopped.
-
-    Args:
-        config: from PRESETS, or a variation.
-        run: receives the metrics, and under ``model/`` the weights and the vocabulary.
-    """
-    pairs, vocabulary = corpus(config.languages, config.corpus, config.vocab_size)
-    validation = vocabulary.encode_pairs(pairs.validation)
-    model, stream, snapshots = build(config), batches(config), run.path / "snapshots"
-    if run.leader:
-        save_pretrained(model, config, run.path / "model", system="transformer", tokenizer=vocabulary)
-
-    def evaluate(_: nn.Module) -> dict[str, float]:
-        weights = full_weights(model)
-        if run.leader:
-            # Named by the data position, so that a resumed run writes again what an unbroken one would.
-            save_tensors(weights, snapshots / f"{stream.epoch:06d}-{stream.position:06d}.safetensors")
-            for old in sorted(snapshots.iterdir())[: -config.averaged_checkpoints]:
-                old.unlink()
-        return validation_metrics(model, validation)
-
-    fit(model, stream, run, config.training, evaluate=evaluate)
-    last = validation_metrics(model, validation)["validation_nll"]
-    model.load_state_dict(average_weights([load_tensors(path) for path in sorted(snapshots.iterdir())]))
-    averaged = validation_metrics(model, validation)["validation_nll"]
-    run.summary(training_pairs=len(pairs.train), validation_nll_last=last, validation_nll_averaged=averaged)
-    if run.leader:
-        save_pretrained(model, config, run.path / "model", system="transformer", tokenizer=vocabulary)
-    return model
 
 
 def from_pretrained(source: str | Path) -> tuple[Transformer, SharedVocabulary | None]:
@@ -98,6 +48,76 @@ def _from_published(settings: dict[str, Any]) -> Config:
         f"a published {settings.get('model_type')!r} is not the Transformer of 2017, whose weights are not public: "
         "give the folder of a run"
     )
+
+
+def corpus(config: Config) -> tuple[Pairs, SharedVocabulary]:
+    """Sentence pairs that fit a batch, and the vocabulary learned from both sides of their training part.
+
+    Raises:
+        UserError: the file of pairs is unusable, or no pair is left to train on, to validate or to test with.
+    """
+    return _corpus(config.languages, config.corpus, config.vocab_size, config.tokens_per_batch)
+
+
+@cache
+def _corpus(languages: str, file: str, vocab_size: int, tokens_per_batch: int) -> tuple[Pairs, SharedVocabulary]:
+    pairs = translation_pairs(languages, file)
+    vocabulary = SharedVocabulary.train(pairs.train, vocab_size)
+    return fitting(pairs, vocabulary, tokens_per_batch), vocabulary
+
+
+def build(config: Config) -> Transformer:
+    """A fresh model; its weights are drawn from the training seed."""
+    torch.manual_seed(config.training.seed)
+    return Transformer(config)
+
+
+def batches(config: Config) -> TranslationBatches:
+    """The stream of training batches."""
+    pairs, vocabulary = corpus(config)
+    return TranslationBatches(vocabulary.encode_pairs(pairs.train), config.tokens_per_batch, config.training.seed)
+
+
+def average_weights(states: Sequence[dict[str, Float[Tensor, "..."]]]) -> dict[str, Float[Tensor, "..."]]:
+    """The mean of several weights of one model (§6.1), summed in double precision."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
+        for name, value in states[0].items()
+    }
+
+
+def train(config: Config, run: Run) -> Transformer:
+    """Train, and end with the mean of the weights at the last evaluations; goes on where the run was stopped.
+
+    Args:
+        config: from PRESETS, or a variation.
+        run: receives the metrics, and under ``model/`` the weights and the vocabulary.
+    """
+    pairs, vocabulary = corpus(config)
+    validation = vocabulary.encode_pairs(pairs.validation)
+    model, stream, snapshots = build(config), batches(config), run.path / "snapshots"
+    if run.leader:
+        save_description(config, run.path / "model", system="transformer", tokenizer=vocabulary)
+
+    def evaluate(_: nn.Module) -> dict[str, float]:
+        weights = full_weights(model)
+        if run.leader:
+            # Named by the data position, so that a resumed run writes again what an unbroken one would.
+            save_tensors(weights, snapshots / f"{stream.epoch:06d}-{stream.position:06d}.safetensors")
+            for old in sorted(snapshots.iterdir())[: -config.averaged_checkpoints]:
+                old.unlink()
+        return validation_metrics(model, validation)
+
+    fit(model, stream, run, config.training, evaluate=evaluate)
+    last = validation_metrics(model, validation)["validation_nll"]
+    weights = average_weights([load_tensors(path) for path in sorted(snapshots.iterdir())])
+    set_full_weights(model, weights)
+    averaged = validation_metrics(model, validation)["validation_nll"]
+    used = {"training_pairs": len(pairs.train), "pairs_left_out": pairs.left_out}
+    run.summary(**used, validation_nll_last=last, validation_nll_averaged=averaged)
+    if run.leader:
+        save_tensors(weights, run.path / "model" / WEIGHTS_FILE)
+    return model
 
 
 def validation_metrics(model: Transformer, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
@@ -151,7 +171,7 @@ def sample(model: Transformer, run: Run, prompt: str = "") -> str:
         translation = translate(model, vocabulary, [prompt])[0]
         attention_figures(model, vocabulary, run, prompt, translation)
         return translation
-    test = corpus(model.config.languages, model.config.corpus, model.config.vocab_size)[0].test
+    test = corpus(model.config)[0].test
     found = translate(model, vocabulary, [pair.source for pair in test])
     exact = sum(translation == pair.target for translation, pair in zip(found, test)) / len(test)
     words = list if model.config.languages.endswith("zh") else tokenize_13a  # Chinese is compared by characters

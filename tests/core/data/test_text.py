@@ -38,6 +38,7 @@ def test_standard_library():
 
 
 def test_split_is_one_cut():
-    train, test = split("abcdefghij" * 3, 0.9)
-    assert (train, test) == ("abcdefghij" * 2 + "abcdefg", "hij")
-    assert split("", 0.5) == ("", "")
+    assert split(["abcdefghij" * 3], 0.9) == (["abcdefghij" * 2 + "abcdefg"], ["hij"])
+    assert split(["abc", "defgh", "ij"], 0.5) == (["abc", "de"], ["fgh", "ij"])
+    assert split(["abcde", "", "fghij"], 0.5) == (["abcde"], ["fghij"])
+    assert split([], 0.5) == ([], [])

@@ -63,6 +63,13 @@ def test_saved_tokenizers_are_the_same(tmp_path: Path):
     assert tokenizers.sha256(CharTokenizer("ab")) != tokenizers.sha256(CharTokenizer("abc"))
 
 
+def test_bytes_that_are_not_text_are_one_line():
+    tokenizer = train("the cat", 260).fast()
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        tokenizer.encode("a\udcff")
+    assert tokenizer.decode(tokenizer.encode("a\ufffd")) == "a\ufffd"
+
+
 def test_what_is_not_a_tokenizer_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="there is no tokenizer at"):
         load_tokenizer(tmp_path)

@@ -7,7 +7,16 @@ import transformers
 
 from canon.core.errors import UserError
 from canon.core.generation.decode import Memory, generate, stream
-from canon.core.generation.sampling import Sampling, draw, min_p, repetition_penalty, sample, top_k, top_p
+from canon.core.generation.sampling import (
+    Sampling,
+    draw,
+    min_p,
+    repetition_penalty,
+    sample,
+    sample_with_log_probability,
+    top_k,
+    top_p,
+)
 from tests.core.generation.tiny import ByteTokenizer, FixedDecoder, ScriptedDecoder, TinyDecoder
 
 LETTERS = ByteTokenizer([bytes([c]) for c in range(97, 123)])
@@ -113,6 +122,34 @@ def test_frequencies_are_the_filtered_probabilities(options):
         assert chi_square(counts, scores.softmax(-1)[0].double()) < 4
 
 
+@pytest.mark.parametrize("vocab", [1, 15, 16, 63, 64, 65, 1000, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.8])
+def test_a_draw_and_its_probability(vocab, dtype, temperature):
+    """The first token at which the cumulative probability exceeds u, of a row in the middle of a larger tensor."""
+    logits = (torch.randn(40, 2, vocab + 3) * 4).to(dtype)[:, 1, :vocab]
+    logits.masked_fill_(torch.rand(40, vocab) < 0.3, -torch.inf)[:, vocab // 2] = 0.5
+    uniform = torch.rand(40, 2, dtype=torch.float64)
+    uniform[:2, 0] = torch.tensor([0.0, 1 - 2**-53])
+    tokens, log_probs = sample_with_log_probability(logits, logits, uniform, Sampling(temperature=temperature))
+    p = (logits.double() / temperature).softmax(-1)
+    upper = p.cumsum(-1).gather(-1, tokens[:, None])[:, 0]
+    assert (p.gather(-1, tokens[:, None]) > 0).all()
+    assert (upper > uniform[:, 0] - 1e-6).all()
+    assert (upper - p.gather(-1, tokens[:, None])[:, 0] < uniform[:, 0] + 1e-6).all()
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("place", [0, 17, 99])
+def test_a_logit_that_is_not_a_number_shows(place):
+    logits = torch.randn(3, 100)
+    logits[1, place] = torch.nan
+    uniform = torch.rand(3, 2, dtype=torch.float64)
+    log_probs = sample_with_log_probability(logits, logits, uniform, Sampling())[1]
+    assert log_probs.isnan().tolist() == [False, True, False]
+
+
 def test_frequencies_over_rows_and_steps_of_generate():
     """The numbers of different rows and steps are independent: all of them together fit the distribution."""
     logits = torch.randn(20)
@@ -197,7 +234,7 @@ def test_stop_tokens():
 
 
 def test_logits_that_are_not_numbers():
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(UserError, match="NaN"):
         generate(FixedDecoder([0.0, float("nan"), 1.0]), [[0]], Sampling(max_tokens=3))
 
 

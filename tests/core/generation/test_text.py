@@ -105,3 +105,11 @@ def test_token_bytes_of_every_tokenizer():
         ids = tokenizer.encode("lowest 🙂 中文é\n")
         assert b"".join(pieces[i] for i in ids).decode() == "lowest 🙂 中文é\n"
         assert tokenizer.eot is None or pieces[tokenizer.eot] == b""
+
+
+def test_token_bytes_are_made_once():
+    tokenizer = bpe.train("low lower lowest", 270).fast()
+    pieces = token_bytes(tokenizer)
+    assert token_bytes(tokenizer) is pieces
+    tokenizer.rust.add_tokens(["<new>"])
+    assert token_bytes(tokenizer) == [*pieces, b"<new>"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from canon.core.data import assets, text
 from canon.core.data.tokenizers import BPETokenizer, load_tokenizer
 from canon.core.errors import UserError
+from canon.core.generation.text import token_bytes
 from canon.core.hub.gguf import GGUF
 from canon.core.hub.tokenizer import ChatTemplate, gguf_chat_template, gguf_tokenizer, load_chat_template
 
@@ -105,7 +106,57 @@ def test_every_text_comes_back(tokenizer: BPETokenizer, written: str):
 def test_saved_and_loaded(tokenizer: BPETokenizer, tmp_path: Path):
     tokenizer.save(tmp_path)
     written = "def f(x):\n    return 12 * x  # <|im_end|>"
-    assert load_tokenizer(tmp_path).encode(written) == tokenizer.encode(written)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(written) == tokenizer.encode(written)
+    assert loaded.eot == tokenizer.eot == 2  # not <|endoftext|>, which is in the vocabulary too
+
+
+@pytest.mark.parametrize("template_first", [True, False])
+def test_template_and_tokenizer_share_a_file(tokenizer: BPETokenizer, tmp_path: Path, template_first: bool):
+    template = ChatTemplate("{{ bos_token }}x", bos_token="<s>")
+    for part in (template, tokenizer) if template_first else (tokenizer, template):
+        part.save(tmp_path)
+    assert load_tokenizer(tmp_path).eot == tokenizer.eot
+    assert load_chat_template(tmp_path) == ChatTemplate("{{ bos_token }}x", "<s>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "eot"),
+    [
+        ("tokenizer_config.json", {"eos_token": "</s>"}, 2),
+        ("tokenizer_config.json", {"eos_token": {"content": "</s>", "special": True}}, 2),
+        ("config.json", {"eos_token_id": 2}, 2),
+        ("generation_config.json", {"eos_token_id": [2, 1]}, 2),
+        ("generation_config.json", {"eos_token_id": 10**6}, None),
+        ("config.json", {"model_type": "llama"}, None),
+    ],
+)
+def test_the_end_of_text_is_the_published_one(tmp_path: Path, name: str, content: dict[str, Any], eot: int | None):
+    gguf_tokenizer(sentencepiece_metadata()).rust.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).eot == eot
+    (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match="is damaged") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_bytes_of_sentencepiece_tokens(prefix: bool):
+    """Byte tokens are bytes, and letters of GPT-2's alphabet of bytes are letters."""
+    tokenizer = gguf_tokenizer(sentencepiece_metadata(prefix))
+    pieces = token_bytes(tokenizer)
+    written = "été\tthe return of 東京 😀\nnaïve"
+    assert b"".join(pieces[index] for index in tokenizer.encode(written)).decode() == " " * prefix + written
+    metadata = sentencepiece_metadata(prefix)
+    letters = ["é", "Ġ", "é▁Ġ"]
+    types, scores = [*metadata["tokenizer.ggml.token_type"], 1, 1, 1], [*metadata["tokenizer.ggml.scores"], 0, 0, 0]
+    tokens = [*metadata["tokenizer.ggml.tokens"], *letters]
+    metadata |= {
+        f"tokenizer.ggml.{key}": v for key, v in zip(("tokens", "token_type", "scores"), (tokens, types, scores))
+    }
+    tokenizer = gguf_tokenizer(metadata)
+    assert [token_bytes(tokenizer)[tokens.index(piece)].decode() for piece in letters] == ["é", "Ġ", "é Ġ"]
 
 
 @pytest.mark.parametrize(

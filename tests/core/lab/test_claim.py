@@ -128,8 +128,10 @@ def test_every_seed_runs_before_the_sabotage_and_the_mean_decides(tmp_path):
     record = verify(declared(experiment, sabotages=2), root=tmp_path, quiet=True)
     assert calls == [(0, False), (1, False), (2, False), (0, True), (1, True)]
     assert record.verdict == "reproduced"
-    assert record.measured["x"] == {"mean": 2.0, "sd": 1.0, "values": [3.0, 1.0, 2.0]}
-    assert record.sabotage["x"] == {"mean": 0.0, "sd": 0.0, "values": [0.0, 0.0]}
+    reach = 4.302653 / 3**0.5  # Student's t for three values
+    interval = pytest.approx([2 - reach, 2 + reach], abs=1e-5)
+    assert record.measured["x"] == {"mean": 2.0, "sd": 1.0, "interval": interval, "values": [3.0, 1.0, 2.0]}
+    assert record.sabotage["x"] == {"mean": 0.0, "sd": 0.0, "interval": [0.0, 0.0], "values": [0.0, 0.0]}
     assert record.measured["steps"]["mean"] == 7
     assert Record.from_json(json.loads(json.dumps(record.as_json()))) == record
     kept = json.loads((tmp_path / record.system / "claims" / "claims.json").read_text())

@@ -17,8 +17,8 @@ def record(name: str, verdict: str = "reproduced", **changes) -> Record:
         "verdict": verdict,
         "reason": f"because of {name}",
         "seeds": 3,
-        "measured": {"x": {"mean": 1.23456, "sd": 0.0123, "values": [1.2, 1.23, 1.26]}},
-        "sabotage": {"x": {"mean": float("inf"), "sd": None, "values": [float("inf")]}},
+        "measured": {"x": {"mean": 1.23456, "sd": 0.0123, "interval": [1.2, 1.27], "values": [1.2, 1.23, 1.26]}},
+        "sabotage": {"x": {"mean": float("inf"), "sd": None, "interval": None, "values": [float("inf")]}},
         "seconds": 12.34,
         "date": "2026-01-02",
         "machine": "A processor, 2 cores",
@@ -45,7 +45,7 @@ def test_failures_stand_in_the_page_with_their_reasons(places):
     assert "**not reproduced here**: because of bad" in rows["Statement of bad"]
     assert "**error**: because of broken" in rows["Statement of broken"]
     assert rows["Statement of good"].split("|")[2:] == [
-        " §2 ", " `x >= 1` ", " x 1.235 ± 0.012 (3 seeds) ", " x ∞ ", " **reproduced** ", " 12.3 ", "",
+        " §2 ", " `x >= 1` ", " x 1.235 ± 0.012 [1.2, 1.27] (3 seeds) ", " x ∞ ", " **reproduced** ", " 12.3 ", "",
     ]  # fmt: skip
     for verdict in ("reproduced", "partly", "not reproduced here", "error"):
         assert f"| {verdict} | 1 |" in page

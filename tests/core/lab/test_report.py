@@ -264,5 +264,7 @@ def test_spans_and_spreads():
         "3 min 20 s",
         "2 h 05 min",
     ]
-    assert spread(0.88571, 0.0025091) == "0.8857 ± 0.0025"
-    assert spread(2.0, None) == "2"
+    entry = {"mean": 0.88571, "sd": 0.0025091, "interval": [0.87947, 0.89194]}
+    assert spread(entry) == "0.8857 ± 0.0025 [0.8795, 0.8919]"
+    assert spread({"mean": 2.0, "sd": None, "interval": None}) == "2"
+    assert spread({"mean": 2.0, "sd": 0.0, "interval": [2.0, 2.0]}) == "2"

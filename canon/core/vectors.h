@@ -1,0 +1,76 @@
+// Sixteen floats at a time, for the C kernels of this package: GCC's vector extensions (also Clang's), so any processor
+// runs them; AVX-512 gets a few shortcuts.
+
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+typedef float f32 __attribute__((vector_size(64)));
+typedef int32_t i32 __attribute__((vector_size(64)));
+typedef uint32_t u32 __attribute__((vector_size(64)));
+typedef uint16_t u16 __attribute__((vector_size(32)));
+typedef float f32_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t u16_any __attribute__((vector_size(32), aligned(2), may_alias));
+#define LOAD(p) (*(const f32_any *)(p))
+#define STORE(p, v) (*(f32_any *)(p) = (v))
+
+INLINE u32 widen(u16 v) {
+#ifdef __AVX512F__
+    return (u32)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, u32);
+#endif
+}
+
+// bfloat16 is the upper half of a float32; rounding is to the nearest, ties to even.
+INLINE f32 from_bf16(const uint16_t *p) { return (f32)(widen(*(const u16_any *)p) << 16); }
+INLINE u16 to_bf16(f32 v) {
+    u32 bits = (u32)v;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
+}
+
+// 16 elements from index i on, of bfloat16 if half, else of float32.
+INLINE f32 load(const char *p, int64_t i, int half) {
+    if (half) return from_bf16((const uint16_t *)p + i);
+    return LOAD((const float *)p + i);
+}
+INLINE void store(char *p, int64_t i, f32 v, int half) {
+    if (half) *(u16_any *)((uint16_t *)p + i) = to_bf16(v);
+    else STORE((float *)p + i, v);
+}
+
+INLINE float sum16(f32 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
+
+INLINE f32 max16(f32 a, f32 b) {
+#ifdef __AVX512F__
+    return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    i32 larger = a > b;
+    return (f32)(((i32)a & larger) | ((i32)b & ~larger));
+#endif
+}
+
+// exp(x) = 2^n 2^f with n the integer nearest to x / ln 2; 2^f by its Taylor series, relative error below 2e-7. The
+// exponent is kept between -126 and 126, so that the result is a positive, normal number.
+INLINE f32 exp16(f32 x) {
+    f32 t = x * 1.442695041f;
+    i32 small = t < -126.0f, large = t > 126.0f;
+    t = (f32)(((i32)t & ~small & ~large) | ((i32)((f32){0} - 126) & small) | ((i32)((f32){0} + 126) & large));
+    f32 n = (t + 12582912.0f) - 12582912.0f, f = (t - n) * 0.6931471806f;  // adding 1.5 * 2^23 rounds
+    f32 y = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
+    return (f32)((i32)y + (__builtin_convertvector(n, i32) << 23));
+}

@@ -1,0 +1,62 @@
+"""Two gloo processes with sharded parameters equal one, for every system: training, evaluation, what is exported."""
+
+import dataclasses
+import importlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from canon.catalog import entries
+from canon.core.lab.run import Run
+from canon.core.training.distributed import leave
+
+SYSTEMS = {entry.id: entry.system for entry in entries() if entry.system}
+
+
+def shortened(config: Any) -> Any:
+    """Three steps of the laptop preset, without dropout, whose masks are each process's own."""
+    recipe = dataclasses.replace(
+        config.training, steps=3, batch_size=4, precision="fp32", log_every=1, evaluate_every=2, parallel="fsdp"
+    )
+    dropout = {"dropout": 0.0} if hasattr(config, "dropout") else {}
+    return dataclasses.replace(config, training=recipe, **dropout)
+
+
+def train(rank: int, processes: int, port: int, name: str, folder: str) -> None:
+    """One process of a training."""
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    module = importlib.import_module(SYSTEMS[name])
+    config = shortened(module.PRESETS["laptop"])
+    run = Run(folder, config)
+    run.quiet = True
+    module.train(config, run)
+    leave()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_two_processes_equal_one(name, tmp_path: Path):
+    train(0, 1, 0, name, str(tmp_path / "one"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(train, (2, port, name, str(tmp_path / "two")), nprocs=2)
+    one, two = (load_file(tmp_path / path / "model" / "model.safetensors") for path in ("one", "two"))
+    assert one.keys() == two.keys()
+    module = importlib.import_module(SYSTEMS[name])
+    fresh = module.build(shortened(module.PRESETS["laptop"])).state_dict()
+    for key, value in one.items():  # by what was learned; Muon orthogonalises in bfloat16, which rounds
+        assert (two[key] - value).norm() <= 0.1 * (value - fresh[key]).norm() + 1e-6, key
+    rows = [Run.open(tmp_path / path).metrics() for path in ("one", "two")]
+    assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
+    for ours, theirs in zip(*rows):
+        for metric in ours.keys() & theirs.keys() & {"loss", "validation_loss", "validation_nll"}:
+            assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4), metric

@@ -113,9 +113,9 @@ PRESETS = {
     "tinylm": Config(
         vocab_size=4096,
         context_length=256,
-        d_model=256,
-        n_layers=4,
-        n_heads=4,
+        d_model=320,
+        n_layers=2,
+        n_heads=5,
         dropout=0.0,
         corpus="mixture",
         tokenizer="bpe",

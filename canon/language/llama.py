@@ -53,6 +53,7 @@ from canon.core.generation.decode import Sampling, generate
 from canon.core.hub.llama_weights import Kind, Precision, load_llama, published_weights
 from canon.core.hub.pretrained import save_description
 from canon.core.lab import Run
+from canon.core.nn.attention import causal_attention
 from canon.core.training.fit import TrainingConfig, fit
 
 
@@ -205,9 +206,8 @@ class Attention(nn.Module):
         if cache is not None:
             y = cache.attend(layer, q, k, v)
         else:
-            grouped = self.n_kv_heads < self.n_heads
             # softmax(q k^T / sqrt(d_head)) v, each position seeing itself and the past
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            y = causal_attention(q, k, v)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
 

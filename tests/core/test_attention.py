@@ -6,9 +6,10 @@ from canon.core.nn.attention import causal_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_written_out_equals_the_fused_kernel(dtype):
-    inputs = [torch.randn(2, 3, 40, 16, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(2, 3, 40, 16)
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_written_out_equals_the_fused_kernel(dtype, kv_heads):
+    inputs = [torch.randn(2, heads, 40, 16, requires_grad=True) for heads in (6, kv_heads, kv_heads)]
+    upstream = torch.randn(2, 6, 40, 16)
     results = []
     for attend, kind in ((causal_attention, dtype), (_fused, torch.float32)):
         y = attend(*(x.to(kind) for x in inputs)).float()
@@ -19,7 +20,7 @@ def test_written_out_equals_the_fused_kernel(dtype):
 
 
 def _fused(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def test_dropout_keeps_the_mean():

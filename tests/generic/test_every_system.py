@@ -2,13 +2,17 @@
 
 import dataclasses
 import importlib
+import sys
 
 import pytest
 import torch
 
 from canon import cli
 from canon.catalog import entries
+from canon.core.errors import UserError
+from canon.core.hub.tensors import WEIGHTS_FILE
 from canon.core.lab.run import Run
+from canon.core.training.checkpoint import checkpoints
 from canon.core.training.fit import fit
 
 SYSTEMS = {entry.id: entry.system for entry in entries() if entry.system}
@@ -92,3 +96,33 @@ def test_interrupted_and_resumed_equals_uninterrupted(system, tmp_path):
     resumed = trained(system, tmp_path / "broken")
     for (key, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
+
+
+def test_a_resume_that_fails_keeps_the_trained_weights(system, tmp_path):
+    name, module, config = system
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
+    run = Run(tmp_path, config)
+    run.quiet = True
+    module.train(config, run)
+    weights = (tmp_path / "model" / WEIGHTS_FILE).read_bytes()
+    (checkpoints(tmp_path / "checkpoint")[-1] / "manifest.json").write_text("damaged")
+    with pytest.raises(UserError, match="delete that folder"):
+        module.train(config, run)
+    assert (tmp_path / "model" / WEIGHTS_FILE).read_bytes() == weights
+    loaded, *_ = module.from_pretrained(tmp_path / "model")
+    assert not all(map(torch.equal, loaded.parameters(), module.build(config).parameters()))
+
+
+def test_a_run_killed_before_its_first_export_has_no_weights(system, tmp_path, monkeypatch):
+    name, module, config = system
+    run = Run(tmp_path, config)
+    run.quiet = True
+    monkeypatch.setattr(sys.modules["canon.core.training.fit"], "_backward", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(config, run)
+    with pytest.raises(UserError, match="no weights"):
+        module.from_pretrained(tmp_path / "model")
+
+
+def _killed(*_):
+    raise KeyboardInterrupt

@@ -35,7 +35,10 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         for name, read in ((WEIGHTS_FILE, _load_file), (INDEX_FILE, _load_shards), (PICKLE_FILE, _load_pickle)):
             if (path / name).is_file():
                 return read(path / name)
-        raise UserError(f"there are no weights in {path}: expected {WEIGHTS_FILE} (or {INDEX_FILE}, {PICKLE_FILE})")
+        raise UserError(
+            f"there are no weights in {path}: expected {WEIGHTS_FILE} (or {INDEX_FILE}, {PICKLE_FILE}); a run that was "
+            "stopped early gets them when it goes on (--resume)"
+        )
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path")
     if path.suffix in (".bin", ".pt", ".pth"):

@@ -74,10 +74,8 @@ def save_checkpoint(
         except BaseException as error:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, dcp.CheckpointException):  # dcp hides the cause; a full disk should say so
-                for cause in error.failures.values():
-                    if isinstance(cause[0], OSError):
-                        raise cause[0] from error
+            if cause := _refusal(error):
+                raise cause from error
             raise
     _barrier(processes)
 
@@ -122,6 +120,16 @@ def set_full_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if reshard := getattr(module, "reshard", None):  # FSDP2 leaves weights gathered after an evaluation
             reshard()
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """What the operating system refused, such as more space, behind the errors of torch's writers."""
+    if error is None or isinstance(error, OSError):
+        return error
+    behind = [error.__cause__, error.__context__]
+    if isinstance(error, dcp.CheckpointException):
+        behind += [failure[0] for failure in error.failures.values()]
+    return next(filter(None, map(_refusal, behind)), None)
 
 
 def _verified(path: Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 
 from canon.core.errors import UserError
 from canon.core.lab.run import Run
-from canon.core.training.checkpoint import checkpoints
+from canon.core.training.checkpoint import _refusal, checkpoints
 from canon.core.training.fit import Diverged, Interrupted, TrainingConfig, fit
 from canon.core.training.optimizers import learning_rate_at, optimizers
 from tests.core.training.toy import Stream, Toy
@@ -230,3 +231,12 @@ def test_muon_leaves_embeddings_head_and_vectors_to_adamw():
     muon.step()
     singular = torch.linalg.svdvals(model["inner"].weight.detach() - before * (1 - 0.1))
     assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings every singular value of the step near one
+
+
+def test_what_hides_behind_the_errors_of_torchs_writers_is_found():
+    refusal = OSError(28, "No space left on device")
+    hiding = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    hiding.__context__ = refusal  # as if raised while that was handled
+    assert _refusal(hiding) is refusal
+    assert _refusal(dcp.CheckpointException("write", {0: (hiding, None)})) is refusal
+    assert _refusal(RuntimeError("another")) is None

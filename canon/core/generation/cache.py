@@ -18,6 +18,7 @@ from torch import Tensor
 
 from canon.core.errors import UserError
 from canon.core.generation import attention
+from canon.core.nn.attention import causal_attention
 
 BLOCK = 32
 """Keys by which the capacity grows, at least; an eighth of the length where that is more (amortised copies)."""
@@ -159,7 +160,7 @@ class KVCache:
         Raises:
             UserError: a row would outgrow ``max_length``.
         """
-        time, grouped = q.shape[2], q.shape[1] != k.shape[1]
+        time = q.shape[2]
         if time == 1 and attention.applies(q, k, v, self._slots[0]):
             self._make_room(2 * layer, time)
             self._make_room(2 * layer + 1, time)
@@ -168,11 +169,10 @@ class KVCache:
         if time == 1:
             return self._attend_one(q, keys, values)
         if self._filled == 0:  # nothing before: plain causal attention, in which padding on the right is never seen
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return causal_attention(q, k, v)
         filled = self._filled + time
-        return F.scaled_dot_product_attention(
-            q, keys[:, :, :filled], values[:, :, :filled], self._visible(time, filled), enable_gqa=grouped
-        )
+        seen = keys[:, :, :filled], values[:, :, :filled], self._visible(time, filled)
+        return F.scaled_dot_product_attention(q, *seen, enable_gqa=q.shape[1] != k.shape[1])
 
     def advance(self, time: int) -> None:
         """Count the ``time`` tokens stored by every layer as part of the past."""

@@ -143,7 +143,7 @@ def residual_scaling(lab: Lab, sabotage: bool = False) -> Measurement:
     source="section 2.2",
     passes="identical_round_trips == 1 and bytes_per_token >= 2.5 and same_merges == 1",
     seeds=1,
-    minutes=2,
+    minutes=0.2,
 )
 def byte_level_bpe(lab: Lab, sabotage: bool = False) -> Measurement:
     """10,000 random byte strings; a vocabulary of 1,024 on two megabytes of source, measured on the next megabyte;
@@ -287,12 +287,15 @@ def _ladder(vocab_size: int, context_length: int, blind: bool) -> dict[str, nn.M
     source="Let's build GPT, 00:42 to 01:38",
     passes="smallest_gain > 0 and bigram_minus_last >= 0.8",
     seeds=3,
-    minutes=8,
+    minutes=16,
 )
 def lecture_ladder(lab: Lab, sabotage: bool = False) -> Measurement:
     """Characters of the standard library, the same number of training tokens for each rung, loss on the last 10%.
 
     As in the lecture the first six rungs see 8 characters and the last more. Sabotage: heads see only themselves.
+
+    Not reproduced: in three blocks of width 32 LayerNorm neither helps nor hurts. Its rung lost 0.008, 0.011 and 0.002
+    nats on seeds 0 to 2 (the lecture's gained 0.02 at another learning rate), where every other rung gained.
     """
     train, validation, vocab_size = _library(96)
     context_length = 64

@@ -140,7 +140,7 @@ _NORMS = tuple((f"residuals.{i}.norm", f"norm{i + 1}") for i in range(3))
     passes="no_worse >= 1 and cache_error < 1e-5 and position_error < 1e-5",
     partly="no_worse >= 0.98 and cache_error < 1e-5 and position_error < 1e-5",
     seeds=3,
-    minutes=2.5,
+    minutes=1.5,
 )
 def decoding(lab: Lab, sabotage: bool = False) -> Measurement:
     """A half-trained model translates 200 new sentences of the synthetic languages.

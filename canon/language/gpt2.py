@@ -21,7 +21,7 @@ Deviations.
     web pages                    speeches and Python's source
     optimiser not stated         AdamW as nanoGPT's; Muon in `laptop`  the paper gives no recipe; measured faster
 
-Run. `canon run gpt2`: 99 s of training on 2 cores, to 1.65 nats a character on the last 10% (docs/PERFORMANCE.md).
+Run. `canon run gpt2`: 96 s of training on 2 cores, to 1.65 nats a character on the last 10% (docs/PERFORMANCE.md).
 """
 
 import math

@@ -30,7 +30,8 @@ Deviations.
     separate W_q, W_k, W_v       one matrix each for q, k, v and for   4 products a layer instead of 7
     and W, V of SwiGLU           gate and up
 
-Run. `canon run llama`; `canon chat` talks to SmolLM2.
+Run. `canon run llama`: 5 min 12 s of training on 2 cores, to 1.68 nats a character on the last 10% (256 windows of 128
+characters). `canon chat` talks to SmolLM2.
 """
 
 import math

@@ -33,7 +33,10 @@ def parse(target: Any, arguments: list[str], command: str, description: str | No
             raise
         lines = [re.sub(r"[│╭╮╰╯─┌┐└┘|]", " ", line).strip() for line in error.getvalue().splitlines()]
         said = [line for line in lines if line and not set(line) <= {"-", "─"}][1:]
-        message = next((line for line in said if ":" in line), "cannot read the arguments")
+        message = next((line for line in said if ":" in line), "")
+        if not message:  # a sentence over several lines, such as that on a wrong choice
+            end = next((index for index, line in enumerate(said) if line.startswith("For full helptext")), len(said))
+            message = " ".join(said[:end]) or "cannot read the arguments"
         if message.startswith("Missing from"):
             message = "something is missing: " + "; ".join(
                 line.split(" (required)")[0] for line in said if "(required)" in line

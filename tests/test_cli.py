@@ -67,6 +67,7 @@ def trained(tmp_path_factory):
         (["verify", "gpt2", "--claim", "everything"], "choose from"),
         (["fetch", "shakspeare"], "shakespeare"),
         (["show"], "missing"),
+        (["train", "gpt2", "--optimizer", "sgd"], "'adamw', 'adam', 'muon'"),
         (["run", "--device", "tpu:9", "gpt2"], "no device"),
         (["run", "--json", "gpt2", "--steps", "0"], "steps"),
         (["train", "--name", "gpt2"], "missing"),

@@ -78,8 +78,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
     with disk_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             with _system_errors():
                 save_file(unique, temporary, notes)
+            temporary.chmod(mode)  # the library lets nobody else read it
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)

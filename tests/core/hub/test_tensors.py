@@ -184,3 +184,9 @@ except UserError as error:
     run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60)
     assert run.stdout == "True [1.0, 1.0, 1.0, 1.0]\n", run.stderr
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path: Path):
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -282,7 +282,7 @@ def chat_command(
         top_p: sample from the likeliest tokens that hold this much probability.
         seed: another seed, another reply.
         precision: exact computes in float32.
-        threads: CPU threads; by default as many as there are free cores.
+        threads: CPU threads; by default as many as there are cores.
         json: print one JSON object: the text, its tokens, and the speed.
     """
     use_threads(threads)
@@ -332,7 +332,7 @@ def generate_command(
         stop: strings before the first of which the text ends.
         seed: another seed, another text.
         precision: exact computes in float32.
-        threads: CPU threads; by default as many as there are free cores.
+        threads: CPU threads; by default as many as there are cores.
         json: print one JSON object: the text, its tokens, and the speed.
     """
     use_threads(threads)

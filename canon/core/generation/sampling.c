@@ -69,7 +69,7 @@ INLINE void draw_row(const Shape *s, const char *logits, double u, int64_t *toke
     double target = u * total, before = 0;
     int64_t b = 0, chosen = -1;
     while (b < blocks - 1 && before + sums[b] <= target) before += sums[b++];
-    for (; chosen < 0; b--)  // the sums of the two levels differ by rounding: the last token with any weight stands
+    for (; chosen < 0; b--)  // by rounding the last block may turn out to hold no weight: then one before it serves
         for (int64_t k = b * BLOCK; k < (b + 1) * BLOCK && k < vocab && before <= target; k += LANES) {
             f32 weight = weights16(logits, k, vocab, largest, s->inverse_temperature, half);
             for (int j = 0; j < LANES && before <= target; j++)

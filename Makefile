@@ -33,7 +33,7 @@ clean:  ## remove the environment and caches; runs/ stays
 	$(PYTHON) -m venv .venv
 
 .venv/core: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[images]'
 	touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt

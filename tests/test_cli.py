@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from canon import cli
+from canon import cli, running
 from canon.core.errors import UserError, disk_errors, require
 
 SMALL = [
@@ -172,7 +172,7 @@ def test_ctrl_c_during_the_claims_leaves_a_report(capsys, in_folder, monkeypatch
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_verified", stop)
+    monkeypatch.setattr(running, "_verified", stop)
     code, _, _ = canon(capsys, "run", "gpt2", "--name", "x", "--steps", "1", *SMALL[2:])
     assert code == 130
     assert (in_folder / "runs" / "gpt2" / "x" / "report.html").is_file()
@@ -202,7 +202,7 @@ def test_an_error_is_not_published(capsys, in_folder, monkeypatch):
     monkeypatch.setattr(claims, "verify", real)
     assert canon(capsys, *command)[0] == 0
     assert [record.claim for [record] in published] == ["cache_is_exact"]
-    monkeypatch.setattr(cli, "__file__", str(in_folder / "site-packages" / "canon" / "cli.py"))
+    monkeypatch.setattr(running, "__file__", str(in_folder / "site-packages" / "canon" / "running.py"))
     for arguments in (command, ["bench"]):
         code, _, err = canon(capsys, *arguments)
         assert code == 2

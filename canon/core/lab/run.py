@@ -32,6 +32,7 @@ from canon.core.lab.files import (
 from canon.core.lab.progress import Progress, show_progress
 
 FLUSH_EVERY = 10.0  # seconds between two flushes of TensorBoard events
+SHIPPED = "shipped"  # name of the run that is a copy of a checkpoint of the repository
 
 
 class Run:
@@ -94,12 +95,13 @@ class Run:
 
     @classmethod
     def latest(cls, system: str, root: str | Path = "runs") -> Self:
-        """Open the run of a system that was written to last.
+        """Open the run of a system that was written to last; a copy of a shipped checkpoint does not count.
 
         Raises:
             UserError: the system has no run yet.
         """
-        configs = list((Path(root) / folder_name(system)).glob("*/config.json"))
+        found = (Path(root) / folder_name(system)).glob("*/config.json")
+        configs = [config for config in found if config.parent.name != SHIPPED]
         if not configs:
             raise UserError(f"{system} has no run under {root}: start one with  canon run {system}")
         return cls(max(configs, key=lambda config: _last_written(config.parent)).parent)

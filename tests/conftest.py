@@ -13,7 +13,9 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401  the hook finds it by name
 
 # Every shape annotation is checked at every call in the tests, except where a forkserver preloads canon itself.
-install_import_hook(["canon.language", "canon.core.generation", "canon.core.nn"], "tests.typecheck.check")
+install_import_hook(
+    ["canon.language", "canon.images", "canon.core.generation", "canon.core.nn"], "tests.typecheck.check"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from canon.core.errors import UserError, disk_errors, require
 
 Style = Literal["noto", "twemoji", "fluent"]
 LANGUAGES = ("en", "de", "fr", "zh")
+DROPPED_CAPTIONS = 0.1  # as in Stable Diffusion and Imagen
 LARGEST = 64 << 20  # pixels of a picture that is opened
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -245,8 +246,13 @@ class PictureBatches:
         batch_size: pictures a batch; no picture stands twice in one.
         seed: of the order, the choice of captions, and the augmentation.
         augment: changes float pictures at random, drawing from the generator it is given.
+        noise: shape of the standard normal ``noise`` of each picture, for systems that learn to remove it; with it come
+            the times ``t``, uniform in [0, 1). Drawn here, they are a function of the position alone, however many
+            processes share the batch.
+        empty: tokens that take the place of a tenth of the captions, for classifier-free guidance.
 
-    Yields ``{"images": Float[Tensor, "batch 3 size size"] in [-1, 1], "tokens": Int[Tensor, "batch length"]}``.
+    Yields ``{"images": Float[Tensor, "batch 3 size size"] in [-1, 1], "tokens": Int[Tensor, "batch length"]}``, with
+    ``noise`` also ``"noise": Float[Tensor, "batch *noise"]`` and ``"t": Float[Tensor, "batch"]``.
 
     Raises:
         UserError: there are fewer pictures than a batch holds.
@@ -259,11 +265,13 @@ class PictureBatches:
         batch_size: int,
         seed: int = 0,
         augment: Augment | None = None,
+        noise: tuple[int, ...] | None = None,
+        empty: Int[Tensor, " length"] | None = None,
     ):
         if batch_size > len(images):
             raise UserError(f"{len(images)} pictures do not fill a batch of {batch_size}: lower batch_size")
         self.images, self.tokens, self.batch_size, self.augment = images, tokens, batch_size, augment
-        self.seed, self.position = seed, 0
+        self.noise, self.empty, self.seed, self.position = noise, empty, seed, 0
 
     def __iter__(self) -> "PictureBatches":
         return self
@@ -277,7 +285,14 @@ class PictureBatches:
         images = self.images[rows]
         images = to_float(images) if images.dtype == torch.uint8 else images
         self.position += 1
-        return {"images": self.augment(images, draw) if self.augment else images, "tokens": self.tokens[rows, way]}
+        batch = {"images": self.augment(images, draw) if self.augment else images, "tokens": self.tokens[rows, way]}
+        if self.noise is not None:
+            batch["noise"] = torch.randn(len(rows), *self.noise, generator=draw)
+            batch["t"] = torch.rand(len(rows), generator=draw)
+        if self.empty is not None:
+            dropped = torch.rand(len(rows), 1, generator=draw) < DROPPED_CAPTIONS
+            batch["tokens"] = torch.where(dropped, self.empty, batch["tokens"])
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """The position, as plain JSON values."""

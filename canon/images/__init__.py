@@ -1,0 +1,1 @@
+"""Systems of pictures: what connects them with words, and what draws them."""

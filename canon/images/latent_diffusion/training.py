@@ -1,0 +1,207 @@
+"""Training in two stages (section 3), weights in and out, and samples."""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, open_image, sheet, to_float
+from canon.core.data.tokenizers import BPETokenizer
+from canon.core.errors import UserError
+from canon.core.generation.diffusion_samplers import last
+from canon.core.hub.pretrained import save_description
+from canon.core.lab import Run
+from canon.core.training.fit import fit
+from canon.images.clip.tokenizer import load_clip_tokenizer, tokenize, train_tokenizer
+from canon.images.latent_diffusion import views
+from canon.images.latent_diffusion.first_stage import FirstStage
+from canon.images.latent_diffusion.model import Config, LatentDiffusion, autoencoder
+from canon.images.latent_diffusion.sampling import SamplerName, generate, paste
+
+
+def build(config: Config) -> LatentDiffusion:
+    """A model with fresh weights."""
+    torch.manual_seed(config.training.seed)
+    return LatentDiffusion(config)
+
+
+@cache
+def corpus(data: str, image_size: int, vocab_size: int) -> tuple[Pictures, BPETokenizer]:
+    """The pictures, and a tokenizer learned from their captions.
+
+    Raises:
+        UserError: there are no pictures, or no captions.
+    """
+    pictures = load_pictures(data, image_size)
+    return pictures, train_tokenizer((text for ways in pictures.captions for text in ways), vocab_size)
+
+
+def batches(config: Config) -> "PictureBatches | Inpainting":
+    """Pictures with captions, noise and times; for inpainting also masks."""
+    pictures, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
+    c, ways = config, max(map(len, pictures.captions))
+    texts = [captions[i % len(captions)] for captions in pictures.captions for i in range(ways)]
+    tokens = tokenize(tokenizer, [*texts, ""], c.context_length, pad=tokenizer.eot or 0)
+    found = PictureBatches(
+        pictures.images,
+        tokens[:-1].view(len(pictures.captions), ways, -1),
+        c.training.batch_size,
+        c.training.seed,
+        None if config.data == "shapes" else jitter,  # the places of shapes are in their captions
+        noise=(2, c.latent_channels, c.latent_size, c.latent_size),
+        empty=tokens[-1],
+    )
+    return Inpainting(found) if c.condition_channels else found
+
+
+class Inpainting:
+    """Batches with masks: a rectangle of each picture is to be painted, in an eighth of them all of it."""
+
+    def __init__(self, batches: PictureBatches):
+        self.batches = batches
+
+    def __next__(self) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(self.batches.seed * 1_000_003 + self.batches.position + 2**32)
+        batch = next(self.batches)
+        rows, size = len(batch["images"]), batch["images"].shape[-1]
+        corners = torch.rand(2, rows, 2, 1, generator=draw) * (size + 1)
+        low, high = corners.amin(0), corners.amax(0)
+        place = torch.arange(size)
+        inside = (place >= low.floor()) & (place < high)  # (rows, axis, size)
+        everything = torch.rand(rows, 1, 1, generator=draw) < 1 / 8
+        mask = (inside[:, 0, :, None] & inside[:, 1, None, :]) | everything
+        return batch | {"mask": mask[:, None].float()}
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, as plain JSON values."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a saved position."""
+        self.batches.load_state_dict(state)
+
+
+class _Counted:
+    """Batches that know the step they are for."""
+
+    def __init__(self, batches: PictureBatches):
+        self.batches = batches
+
+    def __next__(self) -> dict[str, Tensor]:
+        step = self.batches.position
+        batch = next(self.batches)
+        return batch | {"step": torch.full((len(batch["images"]),), step)}
+
+    def state_dict(self) -> dict[str, int]:
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches.load_state_dict(state)
+
+
+def train_first_stage(config: Config, run: Run) -> nn.Module:
+    """Train the autoencoder; goes on where the run was stopped."""
+    recipe = replace(
+        config.training,
+        steps=config.first_steps,
+        batch_size=config.first_batch_size,
+        learning_rate=3e-3,
+        schedule="cosine",
+        warmup_steps=min(50, config.first_steps // 10),
+        final_fraction=0.03,
+        optimizer="adam",
+        beta1=0.5,  # section "hyperparameters" of the released configurations: betas 0.5 and 0.9
+        beta2=0.9,
+        clip_norm=0.0,
+        ema_decay=0.0,
+        accumulation=1,
+    )
+    torch.manual_seed(config.training.seed)
+    pictures, _ = corpus(config.data, config.image_size, config.vocab_size)
+    model = FirstStage(autoencoder(config), 2 * config.first_channels, config.first_steps * 3 // 4)
+    stream = PictureBatches(
+        pictures.images, torch.zeros(len(pictures.images), 1, 1).long(), recipe.batch_size, recipe.seed, jitter,
+        noise=(config.latent_channels, config.latent_size, config.latent_size),
+    )  # fmt: skip
+    held = to_float(pictures.images[:: max(1, len(pictures.images) // 128)][:128])
+
+    def evaluate(stage: nn.Module) -> dict[str, float]:
+        assert isinstance(stage, FirstStage)
+        z = stage.autoencoder.encode(held.to(stage.logvar.device))
+        error = (stage.autoencoder.decode(z).cpu() - held) ** 2
+        return {"psnr": float(10 * torch.log10(4 / error.float().mean()))}  # of 4: the range [-1, 1], squared
+
+    return fit(model, _Counted(stream), run.stage("autoencoder", recipe), recipe, evaluate=evaluate).autoencoder
+
+
+def train(config: Config, run: Run) -> LatentDiffusion:
+    """Train the autoencoder, then the U-Net with the text encoder; goes on where the run was stopped."""
+    pictures, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
+    first = train_first_stage(config, run)
+    model = build(config)
+    model.autoencoder.load_state_dict(first.state_dict())
+    model.latent_scale.copy_(1 / model.encode(next(batches(config))["images"]).std())
+    model.autoencoder.eval()
+    if run.leader:
+        save_description(config, run.path / "model", system="latent_diffusion", tokenizer=tokenizer)
+    fixed = next(batches(replace(config, training=replace(config.training, seed=config.training.seed + 1))))
+
+    def evaluate(_: nn.Module) -> dict[str, float]:
+        device = model.latent_scale.device
+        return {"validation_loss": float(model.loss({key: value.to(device) for key, value in fixed.items()})[0])}
+
+    model = fit(model, batches(config), run, config.training, evaluate=evaluate)
+    if run.leader:
+        views.show(model, tokenizer, pictures, run)
+    return model
+
+
+def sample(
+    model: LatentDiffusion,
+    run: Run,
+    prompt: str = "a red apple",
+    *,
+    count: int = 1,
+    steps: int = 30,
+    guidance: float = 4.0,
+    sampler: SamplerName = "dpm",
+    image: str = "",
+    strength: float = 0.6,
+    mask: str = "",
+    seed: int = 0,
+) -> Image.Image:
+    """A picture of ``prompt``; kept among the run's samples, each pixel eight wide.
+
+    Args:
+        model: a trained model.
+        run: the run that trained it, which holds its tokenizer.
+        prompt: what to draw.
+        count: how many, side by side.
+        steps: of the sampler.
+        guidance: weight of the prompt; 1 is none, more obeys better and varies less.
+        sampler: dpm, ddim, plms, heun or ddpm.
+        image: file of a picture to start from or, with a mask, to paint in.
+        strength: how much of the picture is drawn anew, in (0, 1].
+        mask: file of a picture that is white where the other is to be painted.
+        seed: another seed, another picture.
+    """
+    if count < 1:
+        raise UserError(f"count must be at least 1, not {count}")
+    if mask and not image:
+        raise UserError("a mask says where to paint in a picture: give one with --image")
+    tokenizer = load_clip_tokenizer(run.path / "model")
+    size = model.config.image_size
+    source = open_image(image, size) if image else None
+    where = (open_image(mask, size).mean(0, keepdim=True) > 0).float() if mask else None
+    states = generate(
+        model, tokenizer, [prompt] * count, steps=steps, guidance=guidance, sampler=sampler, seed=seed, image=source,
+        strength=strength, mask=where,
+    )  # fmt: skip
+    pictures = model.decode(last(states))
+    if source is not None and where is not None:
+        pictures = paste(pictures, source, where)
+    page = sheet(pictures, columns=min(count, 8), scale=max(1, 256 // size))
+    run.image(prompt or "no prompt", page)
+    return page

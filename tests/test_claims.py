@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import canon
+from canon.core.lab import ledger
 from canon.core.lab.claim import claims_of, verify
 from canon.core.lab.ledger import committed
 
@@ -24,5 +25,10 @@ def test_a_quick_claim_comes_out_as_published(claim, tmp_path: Path):
     assert record.verdict == PUBLISHED[claim.system, claim.name], record.reason
 
 
-def test_every_claim_has_been_published():
-    assert {(claim.system, claim.name) for claim in CLAIMS} == PUBLISHED.keys()
+def test_every_claim_is_published_or_named_as_not_verified():
+    claims = {(claim.system, claim.name): claim for claim in CLAIMS}
+    assert claims.keys() >= PUBLISHED.keys()
+    page = ledger.PAGE.read_text("utf-8")
+    for key in claims.keys() - PUBLISHED.keys():
+        assert not claims[key].quick, f"{key} takes {claims[key].minutes} minutes: verify and publish it"
+        assert f"- {claims[key].system}: {claims[key].statement}" in page

@@ -15,17 +15,21 @@ from safetensors.torch import load_file
 from canon.catalog import entries
 from canon.core.lab.run import Run
 from canon.core.training.distributed import leave
+from tests.generic.test_every_system import first_stages
 
 SYSTEMS = {entry.id: entry.system for entry in entries() if entry.system}
 
 
 def shortened(config: Any) -> Any:
-    """Three steps of the laptop preset, without dropout, whose masks are each process's own."""
+    """Three steps of the laptop preset, without dropout, whose masks are each process's own, and without Muon, which
+    orthogonalises small gradients in bfloat16 and so makes rounding large; tests of the training loop have it.
+    """
     recipe = dataclasses.replace(
-        config.training, steps=3, batch_size=4, precision="fp32", log_every=1, evaluate_every=2, parallel="fsdp"
-    )
+        config.training, steps=3, batch_size=4, precision="fp32", log_every=1, evaluate_every=2, parallel="fsdp",
+        optimizer="adam" if config.training.optimizer == "adam" else "adamw",
+    )  # fmt: skip
     dropout = {"dropout": 0.0} if hasattr(config, "dropout") else {}
-    return dataclasses.replace(config, training=recipe, **dropout)
+    return dataclasses.replace(config, training=recipe, **dropout, **first_stages(config, 3))
 
 
 def train(rank: int, processes: int, port: int, name: str, folder: str) -> None:
@@ -53,8 +57,8 @@ def test_two_processes_equal_one(name, tmp_path: Path):
     assert one.keys() == two.keys()
     module = importlib.import_module(SYSTEMS[name])
     fresh = module.build(shortened(module.PRESETS["laptop"])).state_dict()
-    for key, value in one.items():  # by what was learned; Muon orthogonalises in bfloat16, which rounds
-        assert (two[key] - value).norm() <= 0.1 * (value - fresh[key]).norm() + 1e-6, key
+    for key, value in one.items():  # by what was learned
+        assert (two[key] - value).norm() <= 0.02 * (value - fresh[key]).norm() + 1e-6, key
     rows = [Run.open(tmp_path / path).metrics() for path in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     for ours, theirs in zip(*rows):

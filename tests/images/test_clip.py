@@ -286,6 +286,8 @@ def test_a_vocabulary_learned_from_captions_encodes_everything_and_ends_with_the
         "&",
         "\U0001f34e!",
     ]
+    words = [f"{a}{b}" for a in "abcdefgh" for b in "ijklmnop"]  # all pairs are equally frequent
+    assert len({clip.train_tokenizer(words, 600).rust.to_str() for _ in range(5)}) == 1
     tokenizer.save(tmp_path)
     assert load_clip_tokenizer(tmp_path).encode("a green rose?") == tokenizer.encode("a green rose?")
     with pytest.raises(UserError, match="514"):
@@ -398,8 +400,9 @@ def test_processes_with_different_numbers_of_rows_contrast_the_whole_batch(monke
     whole = clip.build(SMALL)
     expected = whole.loss(batch)[0]
     expected.backward()
-    monkeypatch.setattr(clip.model, "world", lambda: (place.rank, processes))
-    monkeypatch.setattr(clip.model.dist, "all_reduce", all_reduce)
+    for name, value in (("is_initialized", lambda: True), ("get_world_size", lambda: processes),
+                        ("get_rank", lambda: place.rank), ("all_reduce", all_reduce)):  # fmt: skip
+        monkeypatch.setattr(clip.model.dist, name, value)
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(contrast, range(processes)))
     torch.testing.assert_close(sum(losses), expected)

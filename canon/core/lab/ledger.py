@@ -21,9 +21,10 @@ PAGE = ROOT / "docs" / "RESULTS.md"
 VERDICTS = ("reproduced", "partly", "not reproduced here", "error")
 HEAD = """# Results
 
-Every claim that has been verified, with what was measured. A claim is *reproduced* only if the mean over its seeds
-meets the threshold, every single seed agrees, and the same experiment with its essential part removed, the sabotage,
-fails. Thresholds were fixed beforehand. `canon verify NAME` measures them again on your machine.
+Every claim that has been verified, with what was measured, and at the end those that have not been yet. A claim is
+*reproduced* only if the mean over its seeds meets the threshold, every single seed agrees, and the same experiment with
+its essential part removed, the sabotage, fails. Thresholds were fixed beforehand. `canon verify NAME` measures them
+again on your machine.
 
 This page is generated from `canon/claims/records/` by `python -m canon.core.lab.ledger`; do not edit it.
 """
@@ -86,7 +87,19 @@ def render(systems: dict[str, list[Record]]) -> str:
         lines += [_row(record) for record in records]
         places = dict.fromkeys(f"{record.machine}, on {record.date}" for record in records)
         lines += ["", f"Measured on {'; '.join(places)}.", ""]
+    if waiting := pending(systems):
+        lines += ["## Not verified yet", "", *(f"- {system}: {statement}" for system, statement in waiting), ""]
     return "\n".join(lines)
+
+
+def pending(systems: dict[str, list[Record]]) -> list[tuple[str, str]]:
+    """System and statement of the claims that are written down and have no record."""
+    from canon.catalog import entries
+    from canon.catalog.status import claims
+
+    known = {system: {record.claim for record in records} for system, records in systems.items()}
+    stated = [(entry.id, claim) for entry in entries() if entry.system for claim in claims(entry)]
+    return [(system, claim.statement) for system, claim in stated if claim.name not in known.get(system, set())]
 
 
 def stale(folder: Path = RECORDS, page: Path = PAGE) -> bool:

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from canon.core.errors import UserError
-from canon.core.training.distributed import world
 from canon.core.training.fit import TrainingConfig
 from canon.images.clip.text import TextTransformer, pool
 from canon.images.clip.vision import ModifiedResNet, VisionTransformer
@@ -250,7 +249,7 @@ class _Sum(torch.autograd.Function):
 
 def of_all_processes(x: Float[Tensor, "rows d"]) -> tuple[Float[Tensor, "all d"], int]:
     """The rows of all processes, with their gradient, and where this process's own begin among them."""
-    rank, processes = world()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if processes == 1:
         return x, 0
     counts = torch.zeros(processes, dtype=torch.long, device=x.device)

@@ -15,21 +15,21 @@ from jaxtyping import Int
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from canon.core.data import assets
-from canon.core.data.bpe import FIRST_IDS
 from canon.core.data.tokenizers import EOT, TOKENIZER_FILE, BPETokenizer, load_tokenizer
 from canon.core.errors import UserError
+from canon.core.hub.pretrained import resolve
 
 SOT = "<|startoftext|>"
 END_OF_WORD = "</w>"
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each of the 256 bytes, as in GPT-2
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_FIRST = 2 * len(FIRST_IDS)  # every byte within a word, and at its end
+_FIRST = 2 * len(BYTES)  # every byte within a word, and at its end
 _PUBLISHED_MERGES = 48_894
 
 
 def bpe_tokenizer(merges: Sequence[tuple[str, str]]) -> BPETokenizer:
     """The tokenizer of these merges; ids are the bytes, the bytes at the end of a word, the merges, start, end."""
-    symbols = [*FIRST_IDS, *(symbol + END_OF_WORD for symbol in FIRST_IDS), *(left + right for left, right in merges)]
+    symbols = [*BYTES, *(symbol + END_OF_WORD for symbol in BYTES), *(left + right for left, right in merges)]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
     rust = _empty(models.BPE(vocab=vocabulary, merges=list(merges), end_of_word_suffix=END_OF_WORD))
     # in the alphabet of bytes Ġ is the space
@@ -54,7 +54,7 @@ def published_tokenizer() -> BPETokenizer:
     Raises:
         UserError: the vocabulary (1.3 MB) is not here and cannot be fetched.
     """
-    with gzip.open(assets.fetch("clip-bpe"), "rt", encoding="utf-8") as file:
+    with gzip.open(resolve("clip-bpe"), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : 1 + _PUBLISHED_MERGES]  # the file goes on beyond what the models use
     return bpe_tokenizer([(left, right) for left, right in map(str.split, lines)])
 
@@ -68,8 +68,13 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> BPETokenizer:
     if vocab_size < _FIRST + 2:
         raise UserError(f"vocab_size {vocab_size} is too small: a byte-level BPE of words has at least {_FIRST + 2}")
     rust = _empty(models.BPE(end_of_word_suffix=END_OF_WORD))
+    ends = [symbol + END_OF_WORD for symbol in BYTES]  # numbered beforehand, or ties are broken at random
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=FIRST_IDS, end_of_word_suffix=END_OF_WORD, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=ends,
+        initial_alphabet=BYTES,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
     )
     rust.train_from_iterator(captions, trainer)
     merges = json.loads(rust.to_str())["model"]["merges"][: vocab_size - _FIRST - 2]

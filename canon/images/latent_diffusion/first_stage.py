@@ -16,8 +16,8 @@ from canon.images.latent_diffusion.autoencoder import AutoencoderKL, Autoencoder
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Widths of the convolutions of its five resolutions."""
-PERCEPTUAL_SHARE = 0.25
-"""Share of the pictures whose perceptual distance is computed: VGG-16 costs more than the laptop's autoencoder."""
+PERCEPTUAL_EVERY = 4
+"""Of so many pictures one has its perceptual distance computed: VGG-16 costs more than the laptop's autoencoder."""
 DISCRIMINATOR_WEIGHT = 0.5
 """Share of the adversary in the gradient at the last layer; ``disc_weight`` of the released KL configurations."""
 
@@ -132,17 +132,23 @@ class FirstStage(nn.Module):
     Args:
         autoencoder: of either kind.
         width: of the discriminator.
+        perceptual_from: step from which the perceptual distance counts.
         adversary_from: step from which the discriminator takes part.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL | AutoencoderVQ, width: int, adversary_from: int):
+    def __init__(
+        self, autoencoder: AutoencoderKL | AutoencoderVQ, width: int, perceptual_from: int, adversary_from: int
+    ):
         super().__init__()
-        self.autoencoder, self.adversary_from = autoencoder, adversary_from
+        self.autoencoder, self.perceptual_from, self.adversary_from = autoencoder, perceptual_from, adversary_from
         self.discriminator = discriminator(width)
         self.logvar = nn.Parameter(torch.zeros(()))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Loss of generator and discriminator of ``batch["images"]`` (batch, 3, height, width) at ``batch["step"]``.
+        """Loss of generator and discriminator.
+
+        Args:
+            batch: ``images`` in [-1, 1], ``noise`` of the posterior, ``step`` in every row, ``row``: its number.
 
         The loss network and the adversary are differentiated once, with respect to the reconstruction: the adaptive
         weight needs that gradient, and the autoencoder's own is the chain rule from there. What the discriminator
@@ -152,18 +158,21 @@ class FirstStage(nn.Module):
         x_hat, penalty, last_input = self.autoencoder.reconstruct(x, batch["noise"])
         seen = x_hat.detach().float().requires_grad_(torch.is_grad_enabled())
         # |x - x^| + LPIPS(x, x^), the distance of a picture standing at each of its pixels
-        rows = max(1, int(len(x) * PERCEPTUAL_SHARE))  # of the batch, which is in random order
-        pixels, eye = (x - seen).abs(), lpips().to(x.device)(x[:rows], seen[:rows]).float()
-        distance = pixels.sum() / len(x) + eye.mean() * x[0].numel()
+        pixels = (x - seen).abs()
+        distance, metrics = pixels.sum() / len(x), {"l1": pixels.detach().mean()}
+        step = int(batch["step"][0])
+        if step >= self.perceptual_from:
+            rows = batch["row"] % PERCEPTUAL_EVERY == 0  # of the batch, which is in random order
+            eye = lpips().to(x.device)(x[rows], seen[rows]).float().sum() / len(x) * PERCEPTUAL_EVERY
+            distance, metrics["lpips"] = distance + eye * x[0].numel(), eye.detach()
         # nll = (|x - x^| + LPIPS) / exp(logvar) + logvar
         scale = (-self.logvar).exp()
         value = distance.detach() * scale + self.logvar * x[0].numel() + penalty
-        metrics = {"l1": pixels.detach().mean(), "lpips": eye.detach().mean()}
         if not seen.requires_grad:
             return value, metrics
         (pull,) = torch.autograd.grad(distance, seen)
         pull = pull * scale.detach()
-        if int(batch["step"][0]) >= self.adversary_from:
+        if step >= self.adversary_from:
             (push,) = torch.autograd.grad(-self.discriminator(seen).float().mean(), seen)
             weight = adaptive_weight(pull, push, last_input.detach().float(), self.autoencoder.decoder.conv_out.weight)
             pull = pull + DISCRIMINATOR_WEIGHT * weight * push
@@ -172,5 +181,7 @@ class FirstStage(nn.Module):
             judged = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
             value = value + judged
             metrics |= {"discriminator": judged.detach(), "adversary_weight": weight}
+        else:
+            value = value + 0.0 * sum(p.sum() for p in self.discriminator.parameters())  # DDP waits for every gradient
         carried = (x_hat.float() * pull).sum()  # its gradient with respect to x^ is pull
         return value + carried - carried.detach(), metrics

@@ -35,9 +35,7 @@ class Config:
     codebook: int = 0
     """Codes of the VQ autoencoder; 0 makes the KL one."""
     first_steps: int = 100_000
-    """Training steps of the autoencoder; the adversary takes part in the last quarter."""
-    first_batch_size: int = 12
-    """Pictures a step of the autoencoder."""
+    """Training steps of the autoencoder."""
     channels: int = 320
     """Channels of the U-Net at the latents' resolution."""
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -49,7 +47,7 @@ class Config:
     unet_heads: int = 8
     """Attention heads of the U-Net."""
     groups: int = 32
-    """Groups of every GroupNorm."""
+    """Groups of every GroupNorm of the U-Net; the autoencoder has fewer where it is narrow."""
     condition_channels: int = 0
     """Channels concatenated to the latents: one for the mask and latent_channels for the rest, to learn inpainting."""
     vocab_size: int = 49_408
@@ -70,8 +68,8 @@ class Config:
             raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
         if self.unet_heads < 1 or self.channels % self.unet_heads:
             raise UserError(f"channels {self.channels} is not a multiple of unet_heads {self.unet_heads}")
-        if self.groups < 1 or self.channels % self.groups or self.first_channels % self.groups:
-            raise UserError(f"channels and first_channels are not both multiples of groups {self.groups}")
+        if self.groups < 1 or self.channels % self.groups:
+            raise UserError(f"channels {self.channels} is not a multiple of groups {self.groups}: change one of them")
         if self.condition_channels not in (0, 1 + self.latent_channels):
             raise UserError(f"condition_channels is 0, or 1 + latent_channels = {1 + self.latent_channels}: inpainting")
         if len(self.attention) != len(self.multipliers):
@@ -93,7 +91,6 @@ _LAPTOP = Config(
     first_channels=16,
     first_multipliers=(1, 2, 2),
     first_steps=2_000,
-    first_batch_size=16,
     channels=32,
     multipliers=(2, 3),
     attention=(False, True),
@@ -113,14 +110,14 @@ _LAPTOP = Config(
         final_fraction=0.05,
         beta2=0.99,
         weight_decay=0.01,
-        ema_decay=0.999,
+        ema_decay=0.995,
         evaluate_every=500,
     ),
 )
 
 PRESETS = {
     "laptop": _LAPTOP,
-    "shapes": replace(_LAPTOP, data="shapes"),
+    "shapes": replace(_LAPTOP, data="shapes", first_steps=2_800, training=replace(_LAPTOP.training, steps=2_000)),
     "inpainting": replace(_LAPTOP, condition_channels=5),
     # The released configuration: 860 M parameters on a frozen CLIP, batch 2048.
     "sd-v1": Config(
@@ -143,9 +140,11 @@ def autoencoder(config: Config) -> AutoencoderKL | AutoencoderVQ:
     """The first stage of a configuration, with fresh weights."""
     c = config
     shape = c.first_channels, c.first_multipliers, c.res_blocks, c.latent_channels
+    # As many as the width allows: groups of one or two channels forget colours.
+    groups = max(1, c.groups * c.first_channels // 128)
     if c.codebook:
-        return AutoencoderVQ(*shape, groups=c.groups, codebook=c.codebook)
-    model = AutoencoderKL(*shape, groups=c.groups)
+        return AutoencoderVQ(*shape, groups=groups, codebook=c.codebook)
+    model = AutoencoderKL(*shape, groups=groups)
     assert model.quant_conv.bias is not None
     nn.init.constant_(model.quant_conv.bias[c.latent_channels :], INITIAL_LOG_VARIANCE)
     return model

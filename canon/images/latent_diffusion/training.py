@@ -20,6 +20,9 @@ from canon.images.latent_diffusion.first_stage import FirstStage
 from canon.images.latent_diffusion.model import Config, LatentDiffusion, autoencoder
 from canon.images.latent_diffusion.sampling import SamplerName, generate, paste
 
+FIRST_BATCH_SIZE = 16
+"""Pictures a step of the autoencoder (12 in the released configuration)."""
+
 
 def build(config: Config) -> LatentDiffusion:
     """A model with fresh weights."""
@@ -84,7 +87,7 @@ class Inpainting:
 
 
 class _Counted:
-    """Batches that know the step they are for."""
+    """Batches whose rows know the step they are for, and their number."""
 
     def __init__(self, batches: PictureBatches):
         self.batches = batches
@@ -92,7 +95,8 @@ class _Counted:
     def __next__(self) -> dict[str, Tensor]:
         step = self.batches.position
         batch = next(self.batches)
-        return batch | {"step": torch.full((len(batch["images"]),), step)}
+        rows = len(batch["images"])
+        return batch | {"step": torch.full((rows,), step), "row": torch.arange(rows)}
 
     def state_dict(self) -> dict[str, int]:
         return self.batches.state_dict()
@@ -106,26 +110,34 @@ def train_first_stage(config: Config, run: Run) -> nn.Module:
     recipe = replace(
         config.training,
         steps=config.first_steps,
-        batch_size=config.first_batch_size,
+        batch_size=FIRST_BATCH_SIZE,
         learning_rate=3e-3,
         schedule="cosine",
         warmup_steps=min(50, config.first_steps // 10),
         final_fraction=0.03,
         optimizer="adam",
-        beta1=0.5,  # section "hyperparameters" of the released configurations: betas 0.5 and 0.9
-        beta2=0.9,
+        beta1=0.9,
+        beta2=0.99,
         clip_norm=0.0,
         ema_decay=0.0,
         accumulation=1,
     )
     torch.manual_seed(config.training.seed)
-    pictures, _ = corpus(config.data, config.image_size, config.vocab_size)
-    model = FirstStage(autoencoder(config), 2 * config.first_channels, config.first_steps * 3 // 4)
+    images = corpus(config.data, config.image_size, config.vocab_size)[0].images
+    if config.data == "shapes":  # alone they teach colours slowly, being small on grey
+        emoji = load_pictures("things", config.image_size).images
+        images = torch.cat([emoji, emoji, emoji, images[: 3 * len(emoji)]])
+    model = FirstStage(
+        autoencoder(config),
+        width=2 * config.first_channels,
+        perceptual_from=config.first_steps // 2,
+        adversary_from=config.first_steps - config.first_steps // 5,
+    )
     stream = PictureBatches(
-        pictures.images, torch.zeros(len(pictures.images), 1, 1).long(), recipe.batch_size, recipe.seed, jitter,
+        images, torch.zeros(len(images), 1, 1).long(), recipe.batch_size, recipe.seed, jitter,
         noise=(config.latent_channels, config.latent_size, config.latent_size),
     )  # fmt: skip
-    held = to_float(pictures.images[:: max(1, len(pictures.images) // 128)][:128])
+    held = to_float(images[:: max(1, len(images) // 128)][:128])
 
     def evaluate(stage: nn.Module) -> dict[str, float]:
         assert isinstance(stage, FirstStage)

@@ -225,11 +225,12 @@ def _trained(system: str, where: str, root: str) -> Any:
     try:
         return Run.latest(system, root)
     except UserError:
-        shipped, copy = Path(__file__).parents[1] / "checkpoints" / system, Path(root) / system / SHIPPED
-        if not shipped.is_dir():
+        folder, copy = Path(__file__).parents[1] / "checkpoints", Path(root) / system / SHIPPED
+        shipped = sorted(path.parent for path in folder.glob("*/config.json") if path.parts[-2].split("-")[0] == system)
+        if not shipped:
             raise
         with disk_errors(str(copy)):
-            shutil.copytree(shipped, copy, dirs_exist_ok=True)
+            shutil.copytree(shipped[0], copy, dirs_exist_ok=True)
         return Run.open(copy)
 
 

@@ -79,6 +79,9 @@ def test_heads_that_do_not_divide_the_width_are_one_line(name, heads, capsys, in
 def test_every_parameter_gets_a_gradient(system):
     name, module, config = system
     model = module.build(config).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))  # what starts at zero lets no gradient through in the first step
     model.loss(next(module.batches(config)))[0].backward()
     for key, p in model.named_parameters():
         if not p.requires_grad:

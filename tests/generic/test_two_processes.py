@@ -58,7 +58,10 @@ def test_two_processes_equal_one(name, tmp_path: Path):
     module = importlib.import_module(SYSTEMS[name])
     fresh = module.build(shortened(module.PRESETS["laptop"])).state_dict()
     for key, value in one.items():  # by what was learned
-        assert (two[key] - value).norm() <= 0.02 * (value - fresh[key]).norm() + 1e-6, key
+        if key.endswith(".k.bias"):
+            continue  # it shifts all scores of a query alike, which softmax does not see: its gradient is rounding
+        floor = 3e-6 * value.numel() ** 0.5  # a step moves most weights by a hundred times that
+        assert (two[key] - value).norm() <= 0.02 * (value - fresh[key]).norm() + floor, key
     rows = [Run.open(tmp_path / path).metrics() for path in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     for ours, theirs in zip(*rows):

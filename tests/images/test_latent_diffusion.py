@@ -268,7 +268,7 @@ def test_stable_diffusion_loads_whole_from_both_layouts(tmp_path, monkeypatch):
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(latent_channels=4, norm_num_groups=8, **widths, **kinds)
+    vae = AutoencoderKL(latent_channels=4, norm_num_groups=2, **widths, **kinds)
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2

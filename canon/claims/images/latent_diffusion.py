@@ -34,7 +34,9 @@ def shipped() -> tuple[LatentDiffusion, BPETokenizer]:
     folder = Path(canon.__file__).parents[1] / "checkpoints" / "latent_diffusion-shapes" / "model"
     if not folder.is_dir():
         raise UserError(f"there is no {folder}: verify these claims in a clone of the repository")
-    return from_pretrained(folder)
+    model, tokenizer = from_pretrained(folder)
+    assert tokenizer is not None
+    return model, tokenizer
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from canon.core.nn.quantizers import gumbel_quantize, kl_to_uniform
+from canon.images.dalle.config import Config
 
 EPS = 0.1
 """Of the pixel map: it keeps pixels away from 0 and 1, where the density has poles."""
@@ -161,33 +162,13 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """The discrete VAE.
+    """The discrete VAE of a configuration, with fresh weights."""
 
-    Args:
-        width: channels at full resolution.
-        n_codes: size of the codebook, K.
-        groups: resolutions; a code stands for 2^(groups - 1) pixels on a side.
-        blocks: of each resolution.
-        kl_weight: beta at the end.
-        kl_steps: over which beta rises.
-        temperature_steps: over which tau falls.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        n_codes: int,
-        groups: int,
-        blocks: int,
-        kl_weight: float = 6.6,
-        kl_steps: int = 5_000,
-        temperature_steps: int = 150_000,
-    ):
+    def __init__(self, config: Config):
         super().__init__()
-        self.n_codes, self.kl_weight, self.kl_steps = n_codes, kl_weight, kl_steps
-        self.temperature_steps = temperature_steps
-        self.encoder = Encoder(width, n_codes, groups, blocks)
-        self.decoder = Decoder(width, n_codes, groups, blocks)
+        c = self.config = config
+        self.encoder = Encoder(c.dvae_width, c.codebook_size, c.dvae_groups, c.dvae_blocks)
+        self.decoder = Decoder(c.dvae_width, c.codebook_size, c.dvae_groups, c.dvae_blocks)
 
     def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch n_codes h w"]:
         """Of q(z | x) at each place of the grid, for pictures in [-1, 1]."""
@@ -208,7 +189,7 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "batch h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Pictures in [-1, 1] of grids of codes."""
-        z = F.one_hot(codes, self.n_codes).permute(0, 3, 1, 2).float()
+        z = F.one_hot(codes, self.config.codebook_size).permute(0, 3, 1, 2).float()
         # x^ = phi^-1(sigmoid(mu))
         return unmap_pixels(self.statistics(z)[0].sigmoid())
 
@@ -229,8 +210,8 @@ class DVAE(nn.Module):
         Args:
             batch: ``images`` in [-1, 1], ``step`` (which sets tau and beta) and ``seed`` of each.
         """
-        x, step = batch["images"], int(batch["step"][0])
-        tau, beta = temperature_at(step, self.temperature_steps), kl_weight_at(step, self.kl_steps, self.kl_weight)
+        x, step, c = batch["images"], int(batch["step"][0]), self.config
+        tau, beta = temperature_at(step, c.temperature_steps), kl_weight_at(step, c.kl_steps, c.kl_weight)
         logits, mu, log_b = self(x, tau, batch["seed"])
         # Eq. 1 with q relaxed: -ln p(x | y, z) + beta KL(q(z | x) || p(z)), "a joint distribution over the 32 x 32
         # positions", p being uniform; "we divide the overall loss by 256 x 256 x 3", the number of values in a picture

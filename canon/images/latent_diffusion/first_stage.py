@@ -142,7 +142,7 @@ class FirstStage(nn.Module):
         super().__init__()
         self.autoencoder, self.perceptual_from, self.adversary_from = autoencoder, perceptual_from, adversary_from
         self.discriminator = discriminator(width)
-        self.logvar = nn.Parameter(torch.zeros(()))
+        self.logvar = nn.Parameter(torch.zeros(1))  # a number of its own cannot be sharded
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss of generator and discriminator.
@@ -166,8 +166,9 @@ class FirstStage(nn.Module):
             eye = lpips().to(x.device)(x[rows], seen[rows]).float().sum() / len(x) * PERCEPTUAL_EVERY
             distance, metrics["lpips"] = distance + eye * x[0].numel(), eye.detach()
         # nll = (|x - x^| + LPIPS) / exp(logvar) + logvar
-        scale = (-self.logvar).exp()
-        value = distance.detach() * scale + self.logvar * x[0].numel() + penalty
+        logvar = self.logvar.sum()
+        scale = (-logvar).exp()
+        value = distance.detach() * scale + logvar * x[0].numel() + penalty
         if not seen.requires_grad:
             return value, metrics
         (pull,) = torch.autograd.grad(distance, seen)

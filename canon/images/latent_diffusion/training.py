@@ -12,7 +12,9 @@ from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
 from canon.core.generation.diffusion_samplers import last
 from canon.core.hub.pretrained import save_description
+from canon.core.hub.tensors import WEIGHTS_FILE, load_tensors
 from canon.core.lab import Run
+from canon.core.training import distributed
 from canon.core.training.fit import fit
 from canon.images.clip.tokenizer import load_clip_tokenizer, tokenize, train_tokenizer
 from canon.images.latent_diffusion import views
@@ -105,8 +107,8 @@ class _Counted:
         self.batches.load_state_dict(state)
 
 
-def train_first_stage(config: Config, run: Run) -> nn.Module:
-    """Train the autoencoder; goes on where the run was stopped."""
+def train_first_stage(config: Config, run: Run) -> dict[str, Tensor]:
+    """Train the autoencoder, in a stage of the run; goes on where it was stopped. Returns its weights."""
     recipe = replace(
         config.training,
         steps=config.first_steps,
@@ -141,23 +143,29 @@ def train_first_stage(config: Config, run: Run) -> nn.Module:
 
     def evaluate(stage: nn.Module) -> dict[str, float]:
         assert isinstance(stage, FirstStage)
-        z = stage.autoencoder.encode(held.to(stage.logvar.device))
-        error = (stage.autoencoder.decode(z).cpu() - held) ** 2
-        return {"psnr": float(10 * torch.log10(4 / error.float().mean()))}  # of 4: the range [-1, 1], squared
+        device, rows = next(stage.parameters()).device, len(held)
+        noise = torch.zeros(rows, config.latent_channels, config.latent_size, config.latent_size, device=device)
+        numbers = torch.arange(rows, device=device)
+        batch = {"images": held.to(device), "noise": noise, "step": torch.zeros_like(numbers), "row": numbers}
+        return {"validation_l1": float(stage.loss(batch)[1]["l1"])}
 
-    return fit(model, _Counted(stream), run.stage("autoencoder", recipe), recipe, evaluate=evaluate).autoencoder
+    stage = run.stage("autoencoder", recipe)
+    fit(model, _Counted(stream), stage, recipe, evaluate=evaluate)
+    distributed.of_leader(None)  # which has written the weights when it says this
+    weights = load_tensors(stage.path / "model" / WEIGHTS_FILE)
+    return {key.removeprefix("autoencoder."): w for key, w in weights.items() if key.startswith("autoencoder.")}
 
 
 def train(config: Config, run: Run) -> LatentDiffusion:
     """Train the autoencoder, then the U-Net with the text encoder; goes on where the run was stopped."""
     pictures, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
-    first = train_first_stage(config, run)
-    model = build(config)
-    model.autoencoder.load_state_dict(first.state_dict())
-    model.latent_scale.copy_(1 / model.encode(next(batches(config))["images"]).std())
-    model.autoencoder.eval()
     if run.leader:
         save_description(config, run.path / "model", system="latent_diffusion", tokenizer=tokenizer)
+    first = train_first_stage(config, run)
+    model = build(config)
+    model.autoencoder.load_state_dict(first)
+    model.latent_scale.copy_(1 / model.encode(next(batches(config))["images"]).std())
+    model.autoencoder.eval()
     fixed = next(batches(replace(config, training=replace(config.training, seed=config.training.seed + 1))))
 
     def evaluate(_: nn.Module) -> dict[str, float]:
@@ -166,7 +174,11 @@ def train(config: Config, run: Run) -> LatentDiffusion:
 
     model = fit(model, batches(config), run, config.training, evaluate=evaluate)
     if run.leader:
-        views.show(model, tokenizer, pictures, run)
+        shown = model
+        if distributed.world()[1] > 1:  # this process may hold a shard only
+            shown = build(config).eval()
+            shown.load_state_dict(load_tensors(run.path / "model" / WEIGHTS_FILE))
+        views.show(shown, tokenizer, pictures, run)
     return model
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from canon.core.data.tokenizers import BPETokenizer
+from canon.core.data.tokenizers import TOKENIZER_FILE, BPETokenizer
 from canon.core.errors import UserError
 from canon.core.hub.pretrained import (
     CONFIG_FILE,
@@ -47,8 +47,8 @@ FILES = {
 }
 
 
-def from_pretrained(source: str | Path) -> tuple[LatentDiffusion, BPETokenizer]:
-    """A trained model and its tokenizer.
+def from_pretrained(source: str | Path) -> tuple[LatentDiffusion, BPETokenizer | None]:
+    """A trained model and its tokenizer, if there is one beside it.
 
     Args:
         source: a folder of ours; or Stable Diffusion v1, its inpainting model too, in either layout, see `read_parts`.
@@ -59,7 +59,7 @@ def from_pretrained(source: str | Path) -> tuple[LatentDiffusion, BPETokenizer]:
     path = resolve(source)
     if path.is_dir() and (path / CONFIG_FILE).is_file():
         model, _ = load_pretrained(path, "latent_diffusion", Config, LatentDiffusion, {}, _not_ours)
-        return model, load_clip_tokenizer(path)
+        return model, load_clip_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
     parts = read_parts(path)
     config = published_config(parts["unet"])
     with no_initialisation():

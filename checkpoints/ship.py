@@ -1,0 +1,67 @@
+"""Put a trained run among the checkpoints that come with the repository.
+
+    python checkpoints/ship.py runs/latent_diffusion/NAME latent_diffusion "canon run latent_diffusion"
+
+Copies the configuration, the weights as float16, the tokenizer, and says how it was made: command, seconds, metrics.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from canon.core.hub.tensors import WEIGHTS_FILE, load_tensors, save_tensors
+from canon.core.lab import Run
+
+LARGEST = 6_000_000  # bytes
+LICENCE = (
+    "The weights are ours, Apache-2.0 like the code. They were trained on pictures made by this repository's own code "
+    "(shapes) or on Google's Noto emoji (Apache-2.0) with the names and tags of emojibase (MIT)."
+)
+
+
+def ship(source: Path, name: str, command: str) -> Path:
+    """Copy a run to ``checkpoints/NAME``.
+
+    Raises:
+        SystemExit: the weights are larger than 6 MB.
+    """
+    run, target = Run.open(source), Path(__file__).parent / name
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "model").mkdir(parents=True)
+    shutil.copy(source / "config.json", target / "config.json")
+    environment = json.loads((source / "environment.json").read_text()) | {"command": command.split()}
+    (target / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")  # without this machine's folders
+    for file in (source / "model").iterdir():
+        if file.name != WEIGHTS_FILE:
+            shutil.copy(file, target / "model" / file.name)
+    weights = load_tensors(source / "model")
+    halves = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
+    save_tensors(halves, target / "model" / WEIGHTS_FILE)
+    size = (target / "model" / WEIGHTS_FILE).stat().st_size
+    if size > LARGEST:
+        raise SystemExit(f"{size:,} bytes of weights: at most {LARGEST:,} are shipped")
+    rows = [row for part in [*run.stages(), run] for row in part.metrics()]
+    facts = {
+        "command": command,
+        "seconds": round(sum(seconds(part) for part in [*run.stages(), run])),
+        "metrics": {key: value for row in rows for key, value in row.items() if "loss" in key or key == "psnr"},
+        "bytes": size,
+        "licence": LICENCE,
+    }
+    (target / "checkpoint.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return target
+
+
+def seconds(run: Run) -> float:
+    """How long a stage trained: examples over examples a second, line by line."""
+    batch = run.config.get("training", run.config)["batch_size"]
+    rows = [row for row in run.metrics() if row.get("examples_per_second")]
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)])]
+    return sum(n * batch / row["examples_per_second"] for n, row in zip(steps, rows))
+
+
+if __name__ == "__main__":
+    print(ship(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))

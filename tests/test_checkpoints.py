@@ -1,0 +1,53 @@
+"""The checkpoints that come with the repository load, are small, say where they are from, and draw what is asked."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import canon
+from canon import cli
+from canon.core.data.images import open_image
+from canon.core.data.shapes import oracle, read_prompt, shapes
+from canon.core.generation.diffusion_samplers import last
+from canon.core.hub.tensors import WEIGHTS_FILE
+from canon.images import latent_diffusion as ldm
+from canon.images.latent_diffusion.sampling import generate
+
+FOLDER = Path(__file__).parents[1] / "checkpoints"
+CHECKPOINTS = sorted(path.parent.name for path in FOLDER.glob("*/checkpoint.json"))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_loads_and_says_where_it_is_from(name):
+    facts = json.loads((FOLDER / name / "checkpoint.json").read_text())
+    assert (FOLDER / name / "model" / WEIGHTS_FILE).stat().st_size == facts["bytes"] <= 6_000_000
+    assert facts["command"].startswith("canon ")
+    assert facts["seconds"] > 0
+    assert "Apache-2.0" in facts["licence"]
+    model, tokenizer = canon.load(name.split("-")[0]).from_pretrained(FOLDER / name / "model")
+    assert tokenizer is not None
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_picture_without_a_run(capsys, in_folder):
+    words = "a large red circle in the middle"
+    cli.main(["sample", "latent_diffusion", words, "--steps", "10", "--out", "circle.png"])
+    assert capsys.readouterr().out.strip() == "circle.png"
+    picture = open_image("circle.png", 32)[None]
+    read = {name: int(value[0]) for name, value in oracle(32).read(picture).items()}
+    assert read == read_prompt(words)
+
+
+def test_prompts_of_shapes_are_obeyed():
+    model, tokenizer = ldm.from_pretrained(FOLDER / "latent_diffusion-shapes" / "model")
+    assert tokenizer is not None
+    asked = shapes(48, seed=123)
+    with torch.no_grad():
+        images = model.decode(last(generate(model, tokenizer, asked.captions, steps=15, guidance=3.0)))
+    read = oracle(32).read(images)
+    right = {name: float((read[name] == getattr(asked, name)).float().mean()) for name in read}
+    assert right["colour"] > 0.9, right
+    assert right["place"] > 0.65, right
+    assert right["form"] > 0.9, right

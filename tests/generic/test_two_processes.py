@@ -60,7 +60,7 @@ def test_two_processes_equal_one(name, tmp_path: Path):
     for key, value in one.items():  # by what was learned
         if key.endswith(".k.bias"):
             continue  # it shifts all scores of a query alike, which softmax does not see: its gradient is rounding
-        floor = 3e-6 * value.numel() ** 0.5  # a step moves most weights by a hundred times that
+        floor = 1e-5 * value.numel() ** 0.5  # behind layers that start at zero, first gradients are rounding
         assert (two[key] - value).norm() <= 0.02 * (value - fresh[key]).norm() + floor, key
     rows = [Run.open(tmp_path / path).metrics() for path in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]

@@ -44,7 +44,8 @@ def leave() -> None:
 def distribute(model: nn.Module, device: torch.device, parallel: Literal["auto", "ddp", "fsdp"]) -> nn.Module:
     """Make a module train on all processes that take part; the module itself where there is only one.
 
-    The module's one child is the system's model; its weights are there inside its ``loss`` and its forward pass.
+    The module's one child is the system's model, which must compute its loss through its own forward pass, or name the
+    methods that need its weights in ``sharded_methods``.
 
     ``ddp`` keeps a full copy on each process (Li et al. 2020, arXiv 2006.15704). ``fsdp`` shards parameters, gradients
     and optimiser state (FSDP2's ``fully_shard``; Zhao et al. 2023, arXiv 2304.11277), layer by layer: every member of
@@ -70,7 +71,8 @@ def distribute(model: nn.Module, device: torch.device, parallel: Literal["auto",
     shard_layers(model)
     for child in model.children():  # not the wrapper itself, so that evaluation may call the model without it
         fully_shard(child)
-        register_fsdp_forward_method(child, "loss")
+        for method in getattr(child, "sharded_methods", ()):
+            register_fsdp_forward_method(child, method)
     return model
 
 

@@ -288,9 +288,9 @@ def _evaluated(
 def _export(model: nn.Module, average: dict[str, Tensor], folder: Path) -> None:
     """Write the weights where ``from_pretrained`` finds them."""
     with torch.no_grad(), averaging.using(model, average):
-        weights = full_weights(model)
-    if distributed.world()[0] == 0:
-        save_tensors(weights, folder / WEIGHTS_FILE)
+        weights = full_weights(model)  # the model's own tensors where nothing is sharded
+        if distributed.world()[0] == 0:
+            save_tensors(weights, folder / WEIGHTS_FILE)
 
 
 def _diverged(step: int, config: TrainingConfig, saved: list[Path]) -> Diverged:

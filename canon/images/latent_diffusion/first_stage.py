@@ -136,6 +136,8 @@ class FirstStage(nn.Module):
         adversary_from: step from which the discriminator takes part.
     """
 
+    sharded_methods = ("loss",)
+
     def __init__(
         self, autoencoder: AutoencoderKL | AutoencoderVQ, width: int, perceptual_from: int, adversary_from: int
     ):

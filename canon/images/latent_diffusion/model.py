@@ -154,6 +154,7 @@ class LatentDiffusion(nn.Module):
     """From captions to pictures: a frozen autoencoder, a text encoder, and the U-Net that denoises latents."""
 
     latent_scale: Tensor
+    sharded_methods = ("loss",)
 
     def __init__(self, config: Config):
         super().__init__()

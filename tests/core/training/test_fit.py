@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from canon.core.errors import UserError
+from canon.core.hub.tensors import load_tensors
 from canon.core.lab.run import Run
 from canon.core.training.checkpoint import _refusal, checkpoints
 from canon.core.training.fit import Diverged, Interrupted, TrainingConfig, fit
@@ -135,6 +136,8 @@ def test_average_is_evaluated_and_exported(tmp_path):
         fit(model, Stream(), run, config, evaluate=lambda m: history.append(m.embedding.weight.clone()) or {"x": 1.0})
     torch.testing.assert_close(model.embedding.weight, expected["embedding.weight"])
     torch.testing.assert_close(history[-1], expected["embedding.weight"])
+    exported = load_tensors(run.path / "model")
+    torch.testing.assert_close(exported["embedding.weight"], expected["embedding.weight"])
 
 
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):

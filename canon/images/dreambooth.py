@@ -13,8 +13,8 @@ with its own noise and time; lambda = 1; the class's pictures come from the froz
 thousand of them; V is drawn among rare tokens of at most three characters, by their rank; the metrics DINO, CLIP-I,
 CLIP-T, PRES and DIV, of whatever network is given to them.
 
-Scaled down. `laptop` teaches a small latent diffusion model of shapes a circle striped in blue and yellow, from four
-pictures of it, with 128 pictures of the class.
+Scaled down. `laptop` teaches a small latent diffusion model of shapes, which are of one colour each, a square that is
+yellow above and blue below, from four pictures of it and 128 of the class.
 
 Deviations.
     paper                        ours                            why
@@ -70,8 +70,8 @@ class Config:
     base: str = ""
     """The latent diffusion model to tune: a run of it, or Stable Diffusion; by default the one of shapes here."""
     data: str = "sprite"
-    """The subject: sprite (a circle with stripes, drawn), or a folder with three to five pictures of it."""
-    class_noun: str = "circle"
+    """The subject: sprite (a square in two colours, drawn), or a folder with three to five pictures of it."""
+    class_noun: str = "square"
     """What the subject is one of."""
     identifier: str = ""
     """The word V that stands for the subject; by default a rare one, drawn by rank and seed."""
@@ -121,20 +121,20 @@ PRESETS = {
 
 
 def sprite(size: int) -> UInt8[Tensor, "4 3 size size"]:
-    """The laptop's subject: a large circle with stripes of blue and yellow, at four of the five places."""
+    """The laptop's subject: a large square, yellow above blue, at four of the five places."""
     place = torch.tensor([list(PLACES).index(name) for name in PLACES if name != "at the bottom right"])
-    form, large = (torch.full((4,), list(table).index(name)) for table, name in ((FORMS, "circle"), (SIZES, "large")))
-    blue, yellow = (
+    form, large = (torch.full((4,), list(table).index(name)) for table, name in ((FORMS, "square"), (SIZES, "large")))
+    yellow, blue = (
         draw_shapes(
             torch.full((4,), list(COLOURS).index(name)), form, place, large, side=size,
             generator=torch.Generator().manual_seed(0),
         )
-        for name in ("blue", "yellow")
+        for name in ("yellow", "blue")
     )  # fmt: skip
-    # the stripes, an eighth of the picture wide, hang on the circle and not on the picture
-    top = blue.masks.any(2).float().argmax(1)
-    striped = (torch.arange(size) - top[:, None]) // (size // 8) % 2 == 0
-    return torch.where(striped[:, None, :, None], blue.images, yellow.images)
+    rows = yellow.masks.any(2).float()
+    middle = (rows.argmax(1) + size - rows.flip(1).argmax(1)) / 2
+    above = torch.arange(size) < middle[:, None]
+    return torch.where(above[:, None, :, None], yellow.images, blue.images)
 
 
 def subject(data: str, size: int) -> UInt8[Tensor, "n 3 size size"]:
@@ -439,7 +439,7 @@ def sample(
     Args:
         model: a tuned model.
         run: the run that tuned it.
-        prompt: what to draw, such as "a small [V] circle at the top left"; by default the subject.
+        prompt: what to draw, such as "a small [V] square at the top left"; by default the subject.
         count: how many, side by side.
         steps: of the sampler.
         guidance: weight of the prompt; 1 is none, more obeys better and varies less.

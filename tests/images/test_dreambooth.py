@@ -91,8 +91,8 @@ def test_the_identifier_is_drawn_by_the_seed_or_given(config):
     assert all(1 <= len(word) <= 3 for word in words)
     given = dreambooth.build(dataclasses.replace(config, identifier="zwx"))
     assert given.config.identifier == "zwx"
-    assert dreambooth.prompts(given.config) == ("a zwx circle", "a circle")
-    assert dreambooth.contexts(given.config)[0] == "a small zwx circle in the middle"
+    assert dreambooth.prompts(given.config) == ("a zwx square", "a square")
+    assert dreambooth.contexts(given.config)[0] == "a small zwx square in the middle"
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -125,7 +125,7 @@ def test_the_class_is_drawn_by_the_frozen_original_with_the_ancestral_sampler(co
     model, stream = dreambooth.build(config), dreambooth.batches(config)
     original, tokenizer = dreambooth.load_base(config.base)
     with torch.no_grad():
-        states = generate(original, tokenizer, ["a circle"] * 6, steps=2, guidance=4.0, sampler="ddpm", seed=0)
+        states = generate(original, tokenizer, ["a square"] * 6, steps=2, guidance=4.0, sampler="ddpm", seed=0)
         expected = to_uint8(original.decode(last(states)))
     assert torch.equal(stream.images[1], expected)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -214,10 +214,10 @@ def test_every_layer_is_tuned_but_the_autoencoder(config, tmp_path, monkeypatch)
     assert loaded.config.identifier == word
     assert tokenizer.encode(word)
     moved.rename(run.path / "model")
-    page = dreambooth.sample(loaded, run, "a small [V] circle", count=2, steps=2)
+    page = dreambooth.sample(loaded, run, "a small [V] square", count=2, steps=2)
     assert page.size == (2 * 256 + 2, 256)
     dreambooth.sample(loaded, run, steps=2)
-    assert [row["name"] for row in run.samples()] == [f"a small {word} circle", f"a {word} circle"]
+    assert [row["name"] for row in run.samples()] == [f"a small {word} square", f"a {word} square"]
     with pytest.raises(UserError, match="count must be"):
         dreambooth.sample(loaded, run, count=0)
 
@@ -278,4 +278,4 @@ def test_what_is_missing_is_one_line(config, tmp_path, monkeypatch):
 def test_prompts_are_the_models_own(config):
     original, tokenizer = dreambooth.load_base(config.base)
     stream = dreambooth.batches(dataclasses.replace(config, identifier="q"))
-    assert torch.equal(stream.tokens, captions(original, tokenizer, ["a q circle", "a circle"]))
+    assert torch.equal(stream.tokens, captions(original, tokenizer, ["a q square", "a square"]))

@@ -1,4 +1,4 @@
-"""Claims of DreamBooth, on shapes: a function tells the striped subject and its place, an oracle colour and form.
+"""Claims of DreamBooth, on shapes: a function tells the subject, of two colours, and its place, an oracle colour and form.
 
 They tune the model of shapes that comes with the repository; data order, identifier and noise change with the seed.
 """
@@ -79,7 +79,7 @@ def _share(found: Bool[Tensor, " n"]) -> float:
     minutes=5,
 )
 def a_rare_word_names_the_subject(lab: Lab, sabotage: bool = False) -> Measurement:
-    """The laptop preset. 64 samples of "a [V] circle" before and after; then 80 whose prompts ask for a size and one of
+    """The laptop preset. 64 samples of "a [V] square" before and after; then 80 whose prompts ask for a size and one of
     five places, which no picture's caption named and of which one was never shown: `context_obeyed` is the share at
     the right place, `subject_in_context` that of the subject. Sabotage: the pictures are captioned without the word.
     """
@@ -109,7 +109,7 @@ def a_rare_word_names_the_subject(lab: Lab, sabotage: bool = False) -> Measureme
     minutes=6,
 )
 def prior_preservation_stops_drift(lab: Lab, sabotage: bool = False) -> Measurement:
-    """128 samples of "a circle": the share that shows the subject, and the mean standard deviation of a pixel over them
+    """128 samples of "a square": the share that shows the subject, and the mean standard deviation of a pixel over them
     as a fraction of the original model's. Sabotage: lambda is 0 in both.
     """
     original, asked = load_base("")[0], [prompts(_with_seed(lab))[1]] * 128

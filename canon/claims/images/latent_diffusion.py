@@ -64,7 +64,7 @@ def accuracy(images: Float[Tensor, "n 3 32 32"], asked: Shapes) -> float:
     source="section 4.5; SDEdit, section 3",
     passes="changed_outside == 0 and changed_inside > 0.02 and smallest_step > 0",
     seeds=3,
-    minutes=0.3,
+    minutes=1.2,
 )
 def edits_keep_their_contracts(lab: Lab, sabotage: bool = False) -> Measurement:
     """Held-out shapes, another prompt each. Distances are mean absolute differences of pixels.
@@ -105,7 +105,7 @@ def edits_keep_their_contracts(lab: Lab, sabotage: bool = False) -> Measurement:
     source="DPM-Solver++ (Lu et al. 2022), section 5; DDIM (Song et al. 2021), section 4",
     passes="dpm_10 <= 0.5 * ddim_10 and ddim_50 < ddim_20 and ddim_20 < ddim_10 and ddim_10 < ddim_5",
     seeds=3,
-    minutes=0.5,
+    minutes=0.8,
 )
 def few_step_solvers(lab: Lab, sabotage: bool = False) -> Measurement:
     """Root mean square distance of latents to those of 200 DDIM steps from the same noise, 24 captions, no guidance.

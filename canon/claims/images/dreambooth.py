@@ -1,4 +1,4 @@
-"""Claims of DreamBooth, on shapes: a function tells the subject and its place, an oracle colour and form.
+"""Claims of DreamBooth, on shapes: a function tells the two-coloured subject and its place, an oracle the others.
 
 They tune the model of shapes that comes with the repository; data order, identifier and noise change with the seed.
 """

@@ -11,7 +11,7 @@ demo: .venv/core  ## set up, train GPT-2 on Shakespeare, sample, check the quick
 	$(BIN)/canon run gpt2 --preset laptop
 
 test: .venv/dev  ## set up and pass the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: .venv/dev  ## format, lint, types and the house rules (under a minute)
 	$(BIN)/ruff format --check .

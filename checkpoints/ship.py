@@ -30,13 +30,11 @@ def ship(source: Path, name: str, command: str) -> Path:
     """
     run, target = Run.open(source), Path(__file__).parent / name
     shutil.rmtree(target, ignore_errors=True)
-    (target / "model").mkdir(parents=True)
+    target.mkdir()
     shutil.copy(source / "config.json", target / "config.json")
     environment = json.loads((source / "environment.json").read_text()) | {"command": command.split()}
     (target / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")  # without this machine's folders
-    for file in (source / "model").iterdir():
-        if file.name != WEIGHTS_FILE:
-            shutil.copy(file, target / "model" / file.name)
+    shutil.copytree(source / "model", target / "model", ignore=shutil.ignore_patterns(WEIGHTS_FILE))
     weights = load_tensors(source / "model")
     halves = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
     save_tensors(halves, target / "model" / WEIGHTS_FILE)

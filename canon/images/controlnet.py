@@ -50,11 +50,10 @@ from canon.core.lab.maps import picture_figure
 from canon.core.training.fit import TrainingConfig, fit
 from canon.images import latent_diffusion
 from canon.images.clip.tokenizer import load_clip_tokenizer
-from canon.images.latent_diffusion import LatentDiffusion, weights
+from canon.images.latent_diffusion import LatentDiffusion, load_base, weights
 from canon.images.latent_diffusion.sampling import SAMPLERS, SamplerName, captions, noise, path
 from canon.images.latent_diffusion.unet import UNet
 
-SHIPPED_BASE = Path(__file__).parents[2] / "checkpoints" / "latent_diffusion-shapes" / "model"
 HINT_WIDTHS = (16, 32, 96, 256)  # channels of the hint encoder at each resolution
 Condition = Literal["canny", "scribble", "palette", "files"]
 Mode = Literal["both", "guess", "resolution"]
@@ -236,7 +235,7 @@ class ControlledDiffusion(nn.Module):
         table = self.base.schedule.to(z.device)
         level = table[(batch["t"] * len(table)).long()]
         # Eq. 5: L = E_{z_0, t, c_t, c_f, eps} [ || eps - eps_theta(z_t, t, c_t, c_f) ||^2 ]
-        return diffusion.loss(predict, z, eps, level, diffusion.EPS)
+        return diffusion.loss(predict, z, eps, level, self.base.predicts)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean squared error of the predicted noise; ``batch`` as `batches` yields it."""
@@ -303,7 +302,7 @@ def generate(
 ) -> Images:  # fmt: skip
     """Pictures, one a prompt, from the noise of latent diffusion's own samples with the seed; see `steered`."""
     context = base.text(captions(base, tokenizer, [*prompts, *[""] * len(prompts)]))
-    denoise = diffusion.denoiser(steered(base.unet, context, controls, guidance, mode), diffusion.EPS)
+    denoise = diffusion.denoiser(steered(base.unet, context, controls, guidance, mode), base.predicts)
     draw, start = torch.Generator().manual_seed(seed), noise(base, len(prompts), seed)
     return base.decode(last(SAMPLERS[sampler](denoise, start, path(base, steps), draw))).float().cpu()
 
@@ -327,19 +326,6 @@ def load_control(net: ControlNet, tensors: Mapping[str, Tensor]) -> None:
         zeros = {"controlnet_down_blocks.{i}": "zero_convs.{i}", "controlnet_mid_block": f"zero_convs.{middle}"}
     down = {a: f"copy.{b}" for a, b in modules.items() if not b.startswith(("up.", "norm_out", "conv_out"))}
     pretrained.load_weights(net, tensors, weights.names_of({**down, **zeros, **hint}), what="the ControlNet")
-
-
-def load_base(source: str) -> tuple[LatentDiffusion, BPETokenizer]:
-    """The latent diffusion model that `Config.base` names, and its tokenizer; a UserError where there is none."""
-    folder = Path(source).expanduser() if source else SHIPPED_BASE
-    folder = folder / "model" if (folder / "model").is_dir() else folder  # of a run
-    if not folder.exists() and source.count("/") != 1:  # nor a repository on the hub
-        made = "canon train latent_diffusion --preset shapes  makes one:  --base runs/latent_diffusion/NAME/model"
-        raise UserError(f"there is no trained latent diffusion model {folder};  {made}")
-    model, tokenizer = latent_diffusion.from_pretrained(folder if folder.exists() else source)
-    if tokenizer is None:
-        raise UserError(f"{folder} has no tokenizer.json: take the whole folder that a run wrote")
-    return model, tokenizer
 
 
 def from_pretrained(source: str | Path, base: str = "") -> tuple[ControlledDiffusion, BPETokenizer]:

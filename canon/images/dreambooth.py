@@ -54,11 +54,10 @@ from canon.core.lab.maps import picture_figure
 from canon.core.training.fit import TrainingConfig, fit
 from canon.images import latent_diffusion
 from canon.images.clip.tokenizer import load_clip_tokenizer
-from canon.images.latent_diffusion import LatentDiffusion
+from canon.images.latent_diffusion import LatentDiffusion, load_base
 from canon.images.latent_diffusion.first_stage import lpips
 from canon.images.latent_diffusion.sampling import SamplerName, captions, generate
 
-SHIPPED_BASE = Path(__file__).parents[2] / "checkpoints" / "latent_diffusion-shapes" / "model"
 LONGEST = 3  # characters of a rare word
 Embed = Callable[[Float[Tensor, "n 3 size size"]], Float[Tensor, "n features"]]
 
@@ -213,7 +212,7 @@ class DreamBooth(nn.Module):
         table = self.model.schedule.to(z.device)
         level = table[(rows["t"] * len(table)).long()]
         # w_t || x^(alpha_t x + sigma_t eps, c) - x ||^2, with the w_t that makes it the error of the predicted noise
-        return diffusion.loss(lambda z_t, t: self.model(z_t, t, context), z, eps, level, diffusion.EPS)
+        return diffusion.loss(lambda z_t, t: self.model(z_t, t, context), z, eps, level, self.model.predicts)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Eq. 2 of ``batch`` as `PairBatches` yields it."""
@@ -275,19 +274,6 @@ def contexts(config: Config) -> list[str]:
 def draw(model: LatentDiffusion, tokenizer: BPETokenizer, asked: list[str], **how) -> Float[Tensor, "n 3 size size"]:
     """One picture of each prompt; ``how`` is for latent diffusion's `generate`."""
     return model.decode(last(generate(model, tokenizer, asked, **how))).float().cpu()
-
-
-def load_base(source: str) -> tuple[LatentDiffusion, BPETokenizer]:
-    """The latent diffusion model that `Config.base` names, and its tokenizer; a UserError where there is none."""
-    folder = Path(source).expanduser() if source else SHIPPED_BASE
-    folder = folder / "model" if (folder / "model").is_dir() else folder  # of a run
-    if not folder.exists() and source.count("/") != 1:  # nor a repository on the hub
-        made = "canon train latent_diffusion --preset shapes  makes one:  --base runs/latent_diffusion/NAME/model"
-        raise UserError(f"there is no trained latent diffusion model {folder};  {made}")
-    model, tokenizer = latent_diffusion.from_pretrained(folder if folder.exists() else source)
-    if tokenizer is None:
-        raise UserError(f"{folder} has no tokenizer.json: take the whole folder that a run wrote")
-    return model, tokenizer
 
 
 def from_pretrained(source: str | Path) -> tuple[DreamBooth, BPETokenizer]:

@@ -73,7 +73,7 @@ def test_heads_that_do_not_divide_the_width_are_one_line(name, heads, capsys, in
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
     (line,) = err.strip().splitlines()
-    assert "n_heads" in line
+    assert "n_heads" in line.replace("-", "_")  # a system without heads says that it has no such option
 
 
 def test_every_parameter_gets_a_gradient(system):

@@ -25,7 +25,9 @@ from canon.images.latent_diffusion.sampling import generate as uncontrolled
 from canon.images.latent_diffusion.unet import UNet
 from tests.images.test_latent_diffusion_networks import SMALL, compvis, double, randomise
 
-TINY = dataclasses.replace(PRESETS["shapes"], first_channels=8, channels=16, multipliers=(1, 2), d_model=32, n_heads=2)
+TINY = dataclasses.replace(
+    PRESETS["shapes"], first_channels=8, channels=16, multipliers=(1, 2), d_model=32, n_heads=2, prediction="eps"
+)
 RECIPE = dataclasses.replace(
     controlnet.PRESETS["laptop"].training, steps=3, batch_size=4, precision="fp32", log_every=1, evaluate_every=0
 )
@@ -387,7 +389,7 @@ def test_samples_start_from_the_noise_of_latent_diffusion(config):
 
 
 def test_what_is_missing_is_one_line(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(controlnet, "SHIPPED_BASE", tmp_path / "nothing")
+    monkeypatch.setattr("canon.images.latent_diffusion.weights.SHIPPED", tmp_path / "nothing")
     for base in ("", str(tmp_path / "elsewhere")):
         with pytest.raises(UserError, match="canon train latent_diffusion --preset shapes") as said:
             controlnet.build(dataclasses.replace(config, base=base))

@@ -22,7 +22,9 @@ from canon.images.latent_diffusion import PRESETS, LatentDiffusion
 from canon.images.latent_diffusion.first_stage import lpips
 from canon.images.latent_diffusion.sampling import captions, generate
 
-TINY = dataclasses.replace(PRESETS["shapes"], first_channels=8, channels=16, multipliers=(1, 2), d_model=32, n_heads=2)
+TINY = dataclasses.replace(
+    PRESETS["shapes"], first_channels=8, channels=16, multipliers=(1, 2), d_model=32, n_heads=2, prediction="eps"
+)
 RECIPE = dataclasses.replace(
     dreambooth.PRESETS["laptop"].training, steps=3, batch_size=4, precision="fp32", log_every=1, evaluate_every=0
 )
@@ -251,7 +253,7 @@ def test_scores_tell_the_subject_from_the_class():
 
 
 def test_what_is_missing_is_one_line(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(dreambooth, "SHIPPED_BASE", tmp_path / "nothing")
+    monkeypatch.setattr("canon.images.latent_diffusion.weights.SHIPPED", tmp_path / "nothing")
     for base in ("", str(tmp_path / "elsewhere")):
         with pytest.raises(UserError, match="canon train latent_diffusion --preset shapes") as said:
             dreambooth.build(dataclasses.replace(config, base=base))

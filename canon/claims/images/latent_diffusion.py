@@ -1,9 +1,11 @@
 """Claims of latent diffusion, and of "The Illustrated Stable Diffusion", on pictures that an oracle can judge.
 
 They ask the model that comes with the repository (``checkpoints/latent_diffusion-shapes``), so what they say of
-guidance, solvers and attention holds for this one training run; seeds are those of the noise and the prompts.
+solvers and attention holds for this one training run; seeds are those of the noise and the prompts. Guidance is
+measured on models trained for the claim.
 """
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +22,10 @@ from canon.core.errors import UserError
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion_samplers import ddim, dpm_solver, last
 from canon.core.lab import Lab, Measurement, claim
-from canon.images.latent_diffusion import PRESETS, LatentDiffusion, from_pretrained, views
+from canon.core.training.fit import fit
+from canon.images.latent_diffusion import PRESETS, LatentDiffusion, batches, build, from_pretrained, views
 from canon.images.latent_diffusion.sampling import denoiser, generate, noise, paste, path
+from canon.images.latent_diffusion.training import corpus
 
 
 @cache
@@ -39,10 +43,28 @@ def shipped() -> tuple[LatentDiffusion, BPETokenizer]:
     return model, tokenizer
 
 
+def early(lab: Lab) -> tuple[LatentDiffusion, BPETokenizer]:
+    """A U-Net after a quarter of the preset's steps, on the autoencoder that comes with the repository."""
+    preset = PRESETS["shapes"]
+    recipe = replace(preset.training, steps=preset.training.steps // 4, seed=lab.seed, evaluate_every=0)
+    config, trained = replace(preset, training=recipe), shipped()[0]
+    model = build(config)
+    model.autoencoder.load_state_dict(trained.autoencoder.state_dict())
+    model.latent_scale.copy_(trained.latent_scale)
+    tokenizer = corpus(config.data, config.image_size, config.vocab_size)[1]
+    return fit(model, batches(config), lab.stage("early", config), recipe), tokenizer
+
+
 @torch.no_grad()
-def draw(prompts: list[str], seed: int, guidance: float, steps: int = 20) -> Float[Tensor, "n 3 32 32"]:
+def draw(
+    model: LatentDiffusion,
+    tokenizer: BPETokenizer,
+    prompts: list[str],
+    seed: int,
+    guidance: float,
+    steps: int = 20,
+) -> Float[Tensor, "n 3 32 32"]:
     """One picture of each prompt, a hundred at a time."""
-    model, tokenizer = shipped()
     made = []
     for start in range(0, len(prompts), 100):
         states = generate(
@@ -132,13 +154,14 @@ def few_step_solvers(lab: Lab, sabotage: bool = False) -> Measurement:
     source="section 4.3 and figure 3; Ho and Salimans 2022, figure 1",
     passes="gain >= 0.10 and variety_ratio <= 0.95",
     seeds=3,
-    minutes=3,
+    minutes=8,
 )
 def guidance_trades_variety_for_fidelity(lab: Lab, sabotage: bool = False) -> Measurement:
-    """300 random captions for the accuracy of colour and form, read by the oracle; 20 captions with 12 samples each for
-    the mean standard deviation of a pixel within a caption. Sabotage: guidance away from the caption itself, so that
-    the weight has nothing to multiply.
+    """A U-Net after a quarter of its steps: at their end 95% of the pictures are right without guidance. 300 random
+    captions for the accuracy of colour and form, read by the oracle; 20 captions with 12 samples each for the mean
+    standard deviation of a pixel within a caption. Sabotage: no guidance in both.
     """
+    model = early(lab)
     asked = shapes(300, seed=40_000 + lab.seed)
     varied = [caption for caption in shapes(20, seed=50_000 + lab.seed).captions for _ in range(12)]
 
@@ -146,9 +169,9 @@ def guidance_trades_variety_for_fidelity(lab: Lab, sabotage: bool = False) -> Me
         return float(images.unflatten(0, (20, 12)).std(1).mean())
 
     strong = 1.0 if sabotage else 3.0
-    weak_images, strong_images = draw(asked.captions, lab.seed, 1.0), draw(asked.captions, lab.seed, strong)
+    weak_images, strong_images = (draw(*model, asked.captions, lab.seed, weight) for weight in (1.0, strong))
     weak, guided = accuracy(weak_images, asked), accuracy(strong_images, asked)
-    ratio = variety(draw(varied, lab.seed, strong)) / variety(draw(varied, lab.seed, 1.0))
+    ratio = variety(draw(*model, varied, lab.seed, strong)) / variety(draw(*model, varied, lab.seed, 1.0))
     return Measurement(gain=guided - weak, variety_ratio=ratio, accuracy_1=weak, accuracy_3=guided)
 
 
@@ -239,7 +262,7 @@ def guidance_grid(lab: Lab, sabotage: bool = False) -> Measurement:
     prompts = [asked.captions[(i + 7) % 20 if sabotage else i] for i in every]
     numbers = {}
     for weight in (1, 3, 8):
-        images = draw(prompts, lab.seed, float(weight))
+        images = draw(*shipped(), prompts, lab.seed, float(weight))
         read = oracle(32).read(images)
         right = [int(read[name][n]) == int(getattr(asked, name)[i]) for n, i in enumerate(every) for name in ATTRIBUTES]
         numbers[f"accuracy_{weight}"] = sum(right) / len(right)

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from canon.core.data import assets
-from canon.core.data.shapes import shapes
+from canon.core.data.shapes import shapes, shorter
 from canon.core.errors import UserError, disk_errors, require
 
 Style = Literal["noto", "twemoji", "fluent"]
@@ -127,8 +127,9 @@ def load_pictures(source: str, size: int) -> Pictures:
     """Captioned pictures by name, or from a folder.
 
     Args:
-        source: ``emoji`` (all), ``things`` (emoji without people, flags and symbols), ``shapes`` (6,000 drawn ones), or
-            a folder: every picture in it has its caption in a text file of the same name, one caption a line.
+        source: ``emoji`` (all), ``things`` (emoji without people, flags and symbols), ``shapes`` (6,000 drawn ones,
+            fully described half of the time), or a folder: every picture in it has its caption in a text file of the
+            same name, one caption a line.
         size: the side of the pictures; those of a folder are cut square in the middle and resized.
 
     Raises:
@@ -142,7 +143,7 @@ def load_pictures(source: str, size: int) -> Pictures:
         return Pictures(every.images[kept], captions)
     if source == "shapes":
         drawn = shapes(6_000, size)
-        return Pictures(drawn.images, [(caption,) for caption in drawn.captions])
+        return Pictures(drawn.images, shorter(drawn.captions))
     return _folder(Path(source).expanduser(), size)
 
 

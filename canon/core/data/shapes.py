@@ -4,6 +4,7 @@ Every picture holds one shape; its colour, form, place and size are known, and :
 a generated one too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -37,6 +38,8 @@ PLACES = {
 }
 SIZES = {"small": 0.3, "large": 0.5}
 TEMPLATE = "a {size} {colour} {form} {place}"
+SHORTER = ("a {form}", "a {colour} {form}", "a {form} {place}", "a {colour} {form} {place}", "a {size} {colour} {form}")
+"""Ways to say less."""
 ATTRIBUTES = {"colour": len(COLOURS), "form": len(FORMS), "place": len(PLACES), "size": len(SIZES)}
 """How many values each attribute has."""
 
@@ -197,6 +200,17 @@ def oracle(side: int = 32) -> Oracle:
 
 
 _VERSION = 1  # part of the name of cached oracles: raise it when the pictures or the network change
+
+
+def shorter(captions: Sequence[str]) -> list[tuple[str, ...]]:
+    """Each caption of :func:`shapes`, as often as all ways to say less of it, and these."""
+    found = []
+    for caption in captions:
+        tables = {"colour": list(COLOURS), "form": FORMS, "place": list(PLACES), "size": list(SIZES)}
+        words = {name: tables[name][index] for name, index in read_prompt(caption).items()}
+        ways = [template.format(**words) for template in SHORTER]
+        found.append((*[caption] * len(ways), *ways))
+    return found
 
 
 def read_prompt(caption: str) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """Optimisers and learning-rate schedules by name, built from plain numbers."""
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt"]
@@ -44,9 +46,8 @@ def optimizers(
 
     - ``adamw`` (Loshchilov and Hutter 2019, arXiv 1711.05101): decoupled decay on matrices; none on gains and biases.
     - ``adam`` (Kingma and Ba 2015, arXiv 1412.6980): no decay at all.
-    - ``muon`` (Jordan 2024): hidden matrices move along their orthogonalised momentum, scaled to AdamW's step size
-      (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate serves both; embeddings, the output head,
-      gains and biases stay with AdamW.
+    - ``muon``: hidden matrices and kernels of convolutions by :class:`Muon`, scaled so that one learning rate serves
+      both; embeddings, the first and the last layer, gains and biases stay with AdamW.
     """
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     hidden = _hidden_matrices(model) & set(trainable) if name == "muon" else set()
@@ -63,23 +64,75 @@ def optimizers(
         built.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused))
     if hidden:
         matrices = [p for key, p in trainable.items() if key in hidden]
-        built.append(
-            torch.optim.Muon(
-                matrices,
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                momentum=betas[0],
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        built.append(Muon(matrices, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay))
     return built
 
 
 def _hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of the 2-D parameters that are neither an embedding nor the output head (a linear layer named head)."""
+    """Names of the matrices and kernels that are neither an embedding nor the first or last layer.
+
+    The last layer is a linear one named head, or a convolution to few channels; the first a convolution of few.
+    """
     names = set()
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Embedding) or prefix.split(".")[-1] == "head":
             continue
-        names |= {f"{prefix}.{key}".lstrip(".") for key, p in module.named_parameters(recurse=False) if p.dim() == 2}
+        for key, p in module.named_parameters(recurse=False):
+            if p.dim() == 2 or (p.dim() == 4 and min(p.shape[:2]) >= FEWEST_CHANNELS):
+                names.add(f"{prefix}.{key}".lstrip("."))
     return names
+
+
+FEWEST_CHANNELS = 16  # a convolution of or to fewer reads or makes pixels, latents or a mask
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are made orthogonal before each step (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+
+    A kernel of a convolution is the matrix (out_channels, in_channels * height * width), which PyTorch's own Muon
+    leaves out; on matrices the two take the same steps.
+
+    Args:
+        params: matrices and kernels.
+        lr: learning rate, on the scale of AdamW's (Liu et al. 2025, arXiv 2502.16982, Eq. 4).
+        momentum: of Nesterov's kind.
+        weight_decay: decoupled.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters that have gradients."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                # B_t = mu B_{t-1} + G_t, here as an average; O_t = NewtonSchulz5(B_t)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalised(p.grad.lerp(buffer, momentum).flatten(1))
+                p.mul_(1 - lr * group["weight_decay"])
+                # Eq. 4 of Liu et al.: W_t = W_{t-1} - eta (0.2 sqrt(max(A, B)) O_t + lambda W_{t-1})
+                p.add_(update.view_as(p), alpha=-lr * (0.2 * math.sqrt(max(update.shape))))
+
+
+def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Roughly U V^T of the matrix's U S V^T, in bfloat16: singular values come to between 0.7 and 1.2.
+
+    Source: Jordan 2024, "NewtonSchulz5".
+    """
+    x = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        # X <- a X + b (X X^T) X + c (X X^T)^2 X
+        a = x @ x.T
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, b, x, beta=3.4445)
+    return x.T if tall else x

@@ -27,6 +27,7 @@ Deviations.
     beta 6.6                     `laptop`: 3                             its codes stand for 48 values, the paper's for
                                                                          192: 6.6 / 192 would be 1.65 / 48
     photographs                  drawings get uniform noise in stage 1   the density of flat pixels has no bound
+    AdamW in stage 2             `laptop`: Muon                          the same loss after fewer steps
     learning rate of stage 2     falls by a cosine to a 32nd             steps known beforehand
     halved at plateaus
     block-sparse kernels         dense attention under the same masks    the same function, simple to read

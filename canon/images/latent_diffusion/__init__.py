@@ -33,6 +33,16 @@ oracle reads colour and form as asked off 95 of its 100 pictures, with guidance 
 
 from canon.images.latent_diffusion.model import PRESETS, Config, LatentDiffusion
 from canon.images.latent_diffusion.training import batches, build, sample, train
-from canon.images.latent_diffusion.weights import from_pretrained
+from canon.images.latent_diffusion.weights import from_pretrained, load_base
 
-__all__ = ["PRESETS", "Config", "LatentDiffusion", "batches", "build", "from_pretrained", "sample", "train"]
+__all__ = [
+    "PRESETS",
+    "Config",
+    "LatentDiffusion",
+    "batches",
+    "build",
+    "from_pretrained",
+    "load_base",
+    "sample",
+    "train",
+]

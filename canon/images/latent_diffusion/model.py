@@ -1,6 +1,7 @@
 """Configurations (tables 12 to 15), the three networks together, and the loss (Eq. 3)."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Num
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from canon.core.errors import UserError
 from canon.core.generation import diffusion
-from canon.core.generation.diffusion import EPS, Levels
+from canon.core.generation.diffusion import EPS, Levels, Parameterization, V
 from canon.core.training.fit import TrainingConfig
 from canon.images.clip.text import TextTransformer
 from canon.images.latent_diffusion.autoencoder import AutoencoderKL, AutoencoderVQ
@@ -46,8 +47,8 @@ class Config:
     """Residual blocks a resolution, of all three networks."""
     unet_heads: int = 8
     """Attention heads of the U-Net."""
-    groups: int = 32
-    """Groups of every GroupNorm of the U-Net; the autoencoder has fewer where it is narrow."""
+    prediction: Literal["eps", "v"] = "eps"
+    """What the U-Net predicts: eps, the noise; or v, as in Stable Diffusion 2, which makes captions count earlier."""
     condition_channels: int = 0
     """Channels concatenated to the latents: one for the mask and latent_channels for the rest, to learn inpainting."""
     vocab_size: int = 49_408
@@ -68,8 +69,6 @@ class Config:
             raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
         if self.unet_heads < 1 or self.channels % self.unet_heads:
             raise UserError(f"channels {self.channels} is not a multiple of unet_heads {self.unet_heads}")
-        if self.groups < 1 or self.channels % self.groups:
-            raise UserError(f"channels {self.channels} is not a multiple of groups {self.groups}: change one of them")
         if self.condition_channels not in (0, 1 + self.latent_channels):
             raise UserError(f"condition_channels is 0, or 1 + latent_channels = {1 + self.latent_channels}: inpainting")
         if len(self.attention) != len(self.multipliers):
@@ -96,7 +95,7 @@ _LAPTOP = Config(
     attention=(False, True),
     res_blocks=1,
     unet_heads=4,
-    groups=8,
+    prediction="v",
     vocab_size=1024,
     context_length=16,
     d_model=96,
@@ -136,12 +135,19 @@ PRESETS = {
 }
 
 
+def groups_of(channels: int, fewest: int) -> int:
+    """Groups of the GroupNorms of a network: 32, or what leaves at least so many channels a group.
+
+    Groups of one or two channels forget colours.
+    """
+    return max(n for n in range(1, 33) if channels % n == 0 and (n == 1 or channels // n >= fewest))
+
+
 def autoencoder(config: Config) -> AutoencoderKL | AutoencoderVQ:
     """The first stage of a configuration, with fresh weights."""
     c = config
     shape = c.first_channels, c.first_multipliers, c.res_blocks, c.latent_channels
-    # As many as the width allows: groups of one or two channels forget colours.
-    groups = max(1, c.groups * c.first_channels // 128)
+    groups = groups_of(c.first_channels, fewest=4 if c.first_channels >= 128 else 16)
     if c.codebook:
         return AutoencoderVQ(*shape, groups=groups, codebook=c.codebook)
     model = AutoencoderKL(*shape, groups=groups)
@@ -170,7 +176,7 @@ class LatentDiffusion(nn.Module):
             c.res_blocks,
             c.unet_heads,
             c.d_model,
-            c.groups,
+            groups_of(c.channels, fewest=4),
         )
         # "we rescale the latent by its component-wise standard deviation", estimated on the first batch (appendix G)
         self.register_buffer("latent_scale", torch.ones(()))
@@ -179,6 +185,11 @@ class LatentDiffusion(nn.Module):
     def schedule(self) -> Levels:
         """The thousand noise levels of training: betas from 0.00085 to 0.012, linear in their square roots."""
         return diffusion.from_betas(diffusion.scaled_linear_betas())
+
+    @property
+    def predicts(self) -> Parameterization:
+        """What the U-Net predicts."""
+        return {"eps": EPS, "v": V}[self.config.prediction]
 
     @torch.no_grad()
     def encode(
@@ -201,11 +212,11 @@ class LatentDiffusion(nn.Module):
         context: Float[Tensor, "batch time d_model"],
         condition: Float[Tensor, "batch condition_channels h w"] | None = None,
     ) -> Float[Tensor, "batch latent_channels h w"]:
-        """eps_theta(z_t, t, tau(y)): the noise in the latents, given the text and what is concatenated."""
+        """eps_theta(z_t, t, tau(y)): the noise in the latents (or v), given the text and what is concatenated."""
         return self.unet(z_t if condition is None else torch.cat([z_t, condition], dim=1), t, context)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Mean squared error of the predicted noise.
+        """Mean squared error of the predicted noise, or of v.
 
         Args:
             batch: ``images`` in [-1, 1]; ``tokens``, some of them the empty caption's; ``noise`` (batch, 2, channels,
@@ -217,9 +228,9 @@ class LatentDiffusion(nn.Module):
         context = self.text(batch["tokens"])
         condition = self.masked(batch["images"], batch["mask"]) if "mask" in batch else None
         table = self.schedule.to(z.device)
-        # Eq. 3: L_LDM = E_{E(x), y, eps, t} [ || eps - eps_theta(z_t, t, tau_theta(y)) ||^2 ]
+        # Eq. 3: L_LDM = E_{E(x), y, eps, t} [ || eps - eps_theta(z_t, t, tau_theta(y)) ||^2 ], or of v in eps' place
         level = table[(batch["t"] * len(table)).long()]
-        losses = diffusion.loss(lambda z_t, t: self(z_t, t, context, condition), z, eps, level, EPS)
+        losses = diffusion.loss(lambda z_t, t: self(z_t, t, context, condition), z, eps, level, self.predicts)
         return losses.mean(), {}
 
     def masked(

@@ -10,7 +10,7 @@ from torch import Tensor
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
 from canon.core.generation import diffusion
-from canon.core.generation.diffusion import EPS, Levels
+from canon.core.generation.diffusion import Levels
 from canon.core.generation.diffusion_samplers import Denoiser, State, ddim, ddpm, dpm_solver, heun, plms, reinject
 from canon.images.clip.tokenizer import tokenize
 from canon.images.latent_diffusion.model import LatentDiffusion
@@ -50,7 +50,7 @@ def denoiser(
         conditional, unconditional = model(torch.cat([z_t, z_t]), torch.cat([t, t]), context, twice).chunk(2)
         return diffusion.guide(conditional, unconditional, guidance)
 
-    return diffusion.denoiser(guided, EPS)
+    return diffusion.denoiser(guided, model.predicts)
 
 
 def noise(model: LatentDiffusion, count: int, seed: int) -> Float[Tensor, "count channels h w"]:

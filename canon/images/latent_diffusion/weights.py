@@ -33,6 +33,8 @@ Modules = Mapping[str, str]
 LATENT_SCALE = 0.18215
 """What the latents of Stable Diffusion v1 are multiplied by; no published file states it."""
 
+SHIPPED = Path(__file__).parents[3] / "checkpoints" / "latent_diffusion-shapes" / "model"
+
 # --- The parts of a checkpoint ----------------------------------------------------------------------------------------
 
 PREFIXES = {
@@ -66,6 +68,26 @@ def from_pretrained(source: str | Path) -> tuple[LatentDiffusion, BPETokenizer |
         model = LatentDiffusion(config)
     load_parts(model, parts)
     return model.eval(), published_tokenizer()
+
+
+def load_base(source: str = "") -> tuple[LatentDiffusion, BPETokenizer]:
+    """A trained model to build on, and its tokenizer.
+
+    Args:
+        source: a run, or what `from_pretrained` takes; by default the model of shapes that comes with the repository.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(source).expanduser() if source else SHIPPED
+    folder = folder / "model" if (folder / "model").is_dir() else folder  # of a run
+    if not folder.exists() and source.count("/") != 1:  # nor a repository on the hub
+        made = "canon train latent_diffusion --preset shapes  makes one:  --base runs/latent_diffusion/NAME/model"
+        raise UserError(f"there is no trained latent diffusion model {folder};  {made}")
+    model, tokenizer = from_pretrained(folder if folder.exists() else source)
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer.json: take the whole folder that a run wrote")
+    return model, tokenizer
 
 
 def _not_ours(settings: Mapping[str, object]) -> Config:

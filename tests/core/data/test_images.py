@@ -37,6 +37,17 @@ def test_another_style_draws_the_same_things_differently():
     assert not torch.equal(noto.images[a], other.images[b])
 
 
+def test_shorter_captions_say_less_of_the_same_shape():
+    (ways,) = drawn.shorter(["a large red star at the top left"])
+    assert ways.count("a large red star at the top left") == len(ways) / 2
+    assert set(ways[len(ways) // 2 :]) == {
+        "a star", "a red star", "a star at the top left", "a red star at the top left", "a large red star"
+    }  # fmt: skip
+    pictures = load_pictures("shapes", 32)
+    full = drawn.shapes(6_000, 32).captions
+    assert [some[0] for some in pictures.captions] == full
+
+
 def test_shapes_are_what_their_captions_say():
     some = drawn.shapes(400, seed=5)
     for i, caption in enumerate(some.captions):

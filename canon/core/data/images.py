@@ -20,6 +20,7 @@ from canon.core.errors import UserError, disk_errors, require
 
 Style = Literal["noto", "twemoji", "fluent"]
 LANGUAGES = ("en", "de", "fr", "zh")
+THINGS = ("smileys & emotion", "animals & nature", "food & drink", "activities")
 DROPPED_CAPTIONS = 0.1  # as in Stable Diffusion and Imagen
 LARGEST = 64 << 20  # pixels of a picture that is opened
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -127,9 +128,9 @@ def load_pictures(source: str, size: int) -> Pictures:
     """Captioned pictures by name, or from a folder.
 
     Args:
-        source: ``emoji`` (all), ``things`` (emoji without people, flags and symbols), ``shapes`` (6,000 drawn ones,
-            fully described half of the time), or a folder: every picture in it has its caption in a text file of the
-            same name, one caption a line.
+        source: ``emoji`` (all), ``things`` (the 547 emoji of faces, animals, plants, food and games), ``shapes``
+            (6,000 drawn ones, fully described half of the time), or a folder: every picture in it has its caption in a
+            text file of the same name, one caption a line.
         size: the side of the pictures; those of a folder are cut square in the middle and resized.
 
     Raises:
@@ -137,8 +138,7 @@ def load_pictures(source: str, size: int) -> Pictures:
     """
     if source in ("emoji", "things"):
         every = emoji(size)
-        left_out = ("people & body", "flags", "symbols") if source == "things" else ()
-        kept = [index for index, group in enumerate(every.groups) if group not in left_out]
+        kept = [index for index, group in enumerate(every.groups) if source == "emoji" or group in THINGS]
         captions = [_phrases(every.labels["en"][index], every.tags["en"][index]) for index in kept]
         return Pictures(every.images[kept], captions)
     if source == "shapes":

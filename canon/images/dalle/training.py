@@ -132,7 +132,6 @@ def first_recipe(config: Config) -> TrainingConfig:
         schedule="cosine",
         warmup_steps=min(20, config.first_steps // 10),
         final_fraction=1 / 80,
-        optimizer="adamw",
         beta1=0.9,
         beta2=0.999,
         eps=1e-8,

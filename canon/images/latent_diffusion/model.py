@@ -89,7 +89,7 @@ _LAPTOP = Config(
     image_size=32,
     first_channels=16,
     first_multipliers=(1, 2, 2),
-    first_steps=2_000,
+    first_steps=1_400,
     channels=32,
     multipliers=(2, 3),
     attention=(False, True),
@@ -102,11 +102,12 @@ _LAPTOP = Config(
     n_layers=2,
     n_heads=3,
     training=TrainingConfig(
-        steps=3_200,
+        steps=2_600,
         batch_size=64,
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         warmup_steps=100,
         final_fraction=0.05,
+        optimizer="muon",
         beta2=0.99,
         weight_decay=0.01,
         ema_decay=0.995,
@@ -116,7 +117,13 @@ _LAPTOP = Config(
 
 PRESETS = {
     "laptop": _LAPTOP,
-    "shapes": replace(_LAPTOP, data="shapes", first_steps=2_800, training=replace(_LAPTOP.training, steps=2_000)),
+    "shapes": replace(
+        _LAPTOP,
+        data="shapes",
+        first_steps=1_600,
+        attention=(True, True),
+        training=replace(_LAPTOP.training, steps=1_800, ema_decay=0.99),
+    ),
     "inpainting": replace(_LAPTOP, condition_channels=5),
     # The released configuration: 860 M parameters on a frozen CLIP, batch 2048.
     "sd-v1": Config(

@@ -109,15 +109,16 @@ class _Counted:
 
 def train_first_stage(config: Config, run: Run) -> dict[str, Tensor]:
     """Train the autoencoder, in a stage of the run; goes on where it was stopped. Returns its weights."""
+    muon = config.training.optimizer == "muon"
     recipe = replace(
         config.training,
         steps=config.first_steps,
         batch_size=FIRST_BATCH_SIZE,
-        learning_rate=3e-3,
+        learning_rate=1e-2 if muon else 4.5e-6 * FIRST_BATCH_SIZE,  # the released configuration's, a picture
         schedule="cosine",
         warmup_steps=min(50, config.first_steps // 10),
         final_fraction=0.03,
-        optimizer="adam",
+        optimizer="muon" if muon else "adam",
         beta1=0.9,
         beta2=0.99,
         clip_norm=0.0,

@@ -22,7 +22,7 @@ from canon.core.nn.unet import capture_attention
 from canon.images.latent_diffusion.model import LatentDiffusion
 from canon.images.latent_diffusion.sampling import captions, generate, noise, paste
 
-EXAMPLES = ("red apple", "cat face", "rocket", "birthday cake", "soccer ball", "sunflower", "guitar", "blue car")
+EXAMPLES = ("red apple", "cat face", "blue heart", "birthday cake", "soccer ball", "sunflower", "elephant", "pizza")
 
 
 def show(model: LatentDiffusion, tokenizer: BPETokenizer, pictures: Pictures, run: Run) -> None:

@@ -6,7 +6,17 @@ import torch
 from PIL import Image
 
 from canon.core.data import shapes as drawn
-from canon.core.data.images import PictureBatches, emoji, jitter, load_pictures, open_image, sheet, to_float, to_uint8
+from canon.core.data.images import (
+    THINGS,
+    PictureBatches,
+    emoji,
+    jitter,
+    load_pictures,
+    open_image,
+    sheet,
+    to_float,
+    to_uint8,
+)
 from canon.core.errors import UserError
 
 
@@ -25,9 +35,10 @@ def test_emoji_have_their_names_in_four_languages_and_their_colours():
     assert red > 2 * max(green, blue)
     assert (noto.images[apple, :, 0, 0] == 255).all()  # on white
     assert len(noto.images) > 1600
-    assert len(load_pictures("things", 32).images) == sum(
-        group not in ("people & body", "flags", "symbols") for group in noto.groups
-    )
+    captions = [ways[0] for ways in load_pictures("things", 32).captions]
+    assert len(captions) == sum(group in THINGS for group in noto.groups)
+    assert {"red apple", "cat face", "sunflower", "soccer ball"} < set(captions)
+    assert not {"rocket", "keycap: 1", "flag: France"} & set(captions)
 
 
 def test_another_style_draws_the_same_things_differently():

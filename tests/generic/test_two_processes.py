@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from canon.catalog import entries
 from canon.core.lab.run import Run
 from canon.core.training.distributed import leave
-from tests.generic.test_every_system import first_stages
+from tests.generic.test_every_system import drawing, first_stages
 
 SYSTEMS = {entry.id: entry.system for entry in entries() if entry.system}
 
@@ -39,6 +39,8 @@ def train(rank: int, processes: int, port: int, name: str, folder: str) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     module = importlib.import_module(SYSTEMS[name])
+    if processes > 1:
+        drawing(module).show = lambda *_: None
     config = shortened(module.PRESETS["laptop"])
     run = Run(folder, config)
     run.quiet = True
@@ -47,7 +49,8 @@ def train(rank: int, processes: int, port: int, name: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_two_processes_equal_one(name, tmp_path: Path):
+def test_two_processes_equal_one(name, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(drawing(importlib.import_module(SYSTEMS[name])), "show", lambda *_: None, raising=False)
     train(0, 1, 0, name, str(tmp_path / "one"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

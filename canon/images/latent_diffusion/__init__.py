@@ -12,8 +12,8 @@ caption's tokens, trained with the U-Net as in the paper, or frozen (Stable Diff
 captions dropped; averaged weights; five samplers; image-to-image; inpainting by concatenation and by putting back what
 is known. Loads Stable Diffusion v1 and its inpainting model, from one file or a folder.
 
-Scaled down. ``laptop``: 1,032 emoji of 32 pixels, latents of 8 x 8 x 4, 2.9 M parameters in all (860 M + 84 M + 123 M),
-2,000 + 3,200 steps. ``shapes``: drawn shapes, whose pictures an oracle can judge.
+Scaled down. ``laptop``: 547 emoji of 32 pixels, latents of 8 x 8 x 4, 2.9 M parameters in all (860 M + 84 M + 123 M),
+1,400 + 2,600 steps. ``shapes``: drawn shapes, whose pictures an oracle can judge.
 
 Deviations.
     paper                                ours                                why
@@ -22,13 +22,18 @@ Deviations.
                                          the pictures                        autoencoder
     betas 0.5 and 0.9                    0.9 and 0.99                        learns faster before the adversary comes
     log-variance begins at 0             at -6                               19.3 against 17.1 dB after 60 s
+    Adam, AdamW                          Muon in the small presets           held-out pixels differ by 0.090 and not by
+                                                                             0.131 after 700 steps
+    the U-Net predicts the noise         v in the small presets, as Stable   what is drawn weighs little in the noise of
+                                         Diffusion 2                         the noisiest steps: after 4 minutes CLIP
+                                                                             knows 4% of the emoji, and not 1%
     32 groups a norm                     8 in the small U-Net, 1 in its      groups of one or two channels forget
                                          autoencoder                         colours
     BERT or CLIP vocabulary              CLIP's kind, learned from captions  1,024 tokens are enough for emoji
 
-Run. `canon run latent_diffusion`: 25 minutes on one thread beside other work, to a validation loss of 0.113; pictures
-have the colours and kinds of things and do not obey captions clearly yet. `--preset shapes`: 17 minutes likewise; an
-oracle reads colour and form as asked off 95 of its 100 pictures, with guidance 3 off all, the place off 71.
+Run. `canon run latent_diffusion`: 18 minutes on one thread beside other work. Of 160 emoji drawn by their names, with
+guidance 4, our CLIP gives 59% the right one of 547 names, and 87% among its first five. `--preset shapes`: 18 minutes
+likewise; with guidance 3 an oracle reads colour, form, place and size as asked off all of 200 pictures.
 """
 
 from canon.images.latent_diffusion.model import PRESETS, Config, LatentDiffusion

@@ -1,0 +1,44 @@
+"""Imagen: Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia et al., 2022).
+
+Paper: https://arxiv.org/abs/2205.11487
+
+The idea. A large language model that has only ever read text already knows what captions mean: frozen, it guides a
+diffusion model of small pictures, and two more diffusion models make these larger. Enlarging the language model helps
+more than enlarging the U-Nets. Each of the three learns to denoise, and is sampled under guidance (Eqs. 1 and 2):
+
+    L = E [ w_t || x^_theta(alpha_t x + sigma_t eps, c) - x ||^2 ]
+    eps~ = w eps_theta(z_t, c) + (1 - w) eps_theta(z_t)
+
+Faithful. The text is used twice, pooled by attention into the time embedding and as a sequence to attend to, under
+LayerNorm. Base: a U-Net with attention to pixels and text. Super-resolution: the Efficient U-Net (most blocks at the
+lowest resolution, down-sampling before and up-sampling after a block's convolutions, skip connections scaled by
+1/sqrt 2); the last stage learns from crops and has no self-attention. Noise-conditioning augmentation of a random level
+that is told, and chosen at sampling. Continuous time, cosine schedule, ancestral sampling. A tenth of the captions
+zeroed. Static and dynamic thresholds, of each sample at each step. 2.0 B, 0.66 B and 0.42 B parameters in ``paper``.
+
+Scaled down. ``laptop``: 547 emoji at 16, 32 and 64 pixels; SmolLM2 with 135 M parameters reads captions;
+3.0 M parameters in all three U-Nets. ``shapes``: drawn shapes, whose pictures an oracle can judge.
+
+Deviations.
+    paper                              ours                                why
+    T5-XXL, 4.6 B, an encoder          SmolLM2-135M, a causal decoder:     in reach of a laptop; its first position
+                                       states after the last norm, behind  holds no word
+                                       a start token
+    embeddings as they are             each dimension standardised         three of 576 dimensions hold half of the
+                                                                           energy, the same for all words
+    eps predicted (base)               v, with its plain squared error     eps says nothing of x where alpha is 0
+    64, 256 and 1024 pixels            16, 32 and 64 (laptop)              minutes of a processor
+    Adafactor (base), Adam             Muon with AdamW                     learns faster
+    guidance in all stages             in the base alone                   half the time; the small picture says almost
+                                                                           everything
+    schedule of the last stage,        cosine; 8 heads; 160 channels in    not found in what we could read; the channels
+    heads, width of the first stage    the first stage (paper)             are chosen to meet 600 M
+
+Run. `canon run imagen`
+"""
+
+from canon.images.imagen.model import PRESETS, Config, Imagen
+from canon.images.imagen.sampling import generate
+from canon.images.imagen.training import batches, build, from_pretrained, sample, train
+
+__all__ = ["PRESETS", "Config", "Imagen", "batches", "build", "from_pretrained", "generate", "sample", "train"]

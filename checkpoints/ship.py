@@ -29,14 +29,19 @@ def ship(source: Path, name: str, command: str) -> Path:
         SystemExit: the weights are larger than 6 MB.
     """
     run, target = Run.open(source), Path(__file__).parent / name
+    weights = load_tensors(source / "model")
+    own = {key: value for key, value in weights.items() if not key.startswith("base.")}  # a base is shipped by itself
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     shutil.copy(source / "config.json", target / "config.json")
     environment = json.loads((source / "environment.json").read_text()) | {"command": command.split()}
     (target / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")  # without this machine's folders
-    shutil.copytree(source / "model", target / "model", ignore=shutil.ignore_patterns(WEIGHTS_FILE))
-    weights = load_tensors(source / "model")
-    halves = {key: value.half() if value.dtype == torch.float32 else value for key, value in weights.items()}
+    shutil.copytree(
+        source / "model",
+        target / "model",
+        ignore=shutil.ignore_patterns(WEIGHTS_FILE, *["base"] * (len(own) < len(weights))),
+    )
+    halves = {key: value.half() if value.dtype == torch.float32 else value for key, value in own.items()}
     save_tensors(halves, target / "model" / WEIGHTS_FILE)
     size = (target / "model" / WEIGHTS_FILE).stat().st_size
     if size > LARGEST:

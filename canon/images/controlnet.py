@@ -351,6 +351,16 @@ def from_pretrained(source: str | Path, base: str = "") -> tuple[ControlledDiffu
         load_control(model.control, load_tensors(file))
         return model.eval(), tokenizer
 
+    tensors = load_tensors(place)
+    if settings["system"] == "controlnet" and not any(name.startswith("base.") for name in tensors):
+        # the control alone, as it comes with the repository
+        config = pretrained.from_plain(Config, {key: value for key, value in settings.items() if key != "system"})
+        locked, tokenizer = load_base(config.base)
+        model = ControlledDiffusion(config, locked)
+        own = {name.removeprefix("control."): tensor for name, tensor in tensors.items()}
+        pretrained.load_weights(model.control, own, what=f"{place}, a ControlNet,")
+        return model.eval(), tokenizer
+
     def empty(config: Config) -> ControlledDiffusion:
         if not (place / "base").is_dir():  # where a run leaves the shape of the base; the weights stand with its own
             return ControlledDiffusion(config, load_base(config.base)[0])
@@ -377,11 +387,11 @@ def corpus(data: str, condition: Condition, size: int) -> tuple[Tensor, list[tup
 
 
 def examples(config: Config, size: int, count: int) -> tuple[Images, Images, list[str]]:
-    """Pictures, their conditions and captions: the first that are held out or, if none is, the first of all."""
+    """Pictures, their conditions and last captions: the first that are held out or, if none is, the first of all."""
     both, texts = corpus(config.data, config.condition, size)
     start = config.pairs if config.pairs < len(both) else 0
     images, hints = to_float(both[start : start + count]).split(3, dim=1)
-    return images, hints, [ways[0] for ways in texts[start : start + count]]
+    return images, hints, [ways[-1] for ways in texts[start : start + count]]
 
 
 def build(config: Config) -> ControlledDiffusion:

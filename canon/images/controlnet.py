@@ -21,7 +21,8 @@ Deviations.
     segments, straight lines      `files` takes any other map       them, and learn from `files`
     scribbles: warped HED edges   edges of a reduced picture        one function for pictures of any size
 
-Run. `canon run controlnet`, on the model of shapes that comes with the repository or the one given as --base.
+Run. `canon run controlnet`, on the model of shapes that comes with the repository or the one given as --base: 6 minutes
+on one thread beside other work.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -142,9 +142,11 @@ def _corpus(config: Config) -> tuple[CaptionedBatches, BPETokenizer]:
     cropped = config.augmentation == "crop"
     pictures = load_pictures(config.data, config.image_size * 8 // 7 if cropped else config.image_size)
     tokenizer = tokenizer_of(config, pictures)
-    ways = max(map(len, pictures.captions))
-    flat = [captions[way % len(captions)] for captions in pictures.captions for way in range(ways)]
-    tokens = tokenize(tokenizer, flat, config.context_length).view(len(pictures.captions), ways, -1)
+    # what says less of a shape is true of too many pictures to tell them apart
+    captions = [some[:1] if config.data == "shapes" else some for some in pictures.captions]
+    ways = max(map(len, captions))
+    flat = [some[way % len(some)] for some in captions for way in range(ways)]
+    tokens = tokenize(tokenizer, flat, config.context_length).view(len(captions), ways, -1)
     augment = crop(config.image_size) if cropped else jitter
     training = config.training
     return CaptionedBatches(pictures.images, tokens, training.batch_size, training.seed, augment), tokenizer

@@ -30,22 +30,22 @@ def ship(source: Path, name: str, command: str) -> Path:
     """
     run, target = Run.open(source), Path(__file__).parent / name
     weights = load_tensors(source / "model")
-    own = {key: value for key, value in weights.items() if not key.startswith("base.")}  # a base is shipped by itself
+    # a locked base that is shipped itself is left out
+    alone = run.config.get("base") == "" and run.config.get("sd_locked", False)
+    own = {key: value for key, value in weights.items() if not (alone and key.startswith("base."))}
+    size = sum(value.numel() * min(2, value.element_size()) for value in own.values())
+    if size > LARGEST:
+        raise SystemExit(f"{size:,} bytes of weights: at most {LARGEST:,} are shipped")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     shutil.copy(source / "config.json", target / "config.json")
     environment = json.loads((source / "environment.json").read_text()) | {"command": command.split()}
     (target / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")  # without this machine's folders
-    shutil.copytree(
-        source / "model",
-        target / "model",
-        ignore=shutil.ignore_patterns(WEIGHTS_FILE, *["base"] * (len(own) < len(weights))),
-    )
+    left_out = shutil.ignore_patterns(WEIGHTS_FILE, *["base"] * alone)
+    shutil.copytree(source / "model", target / "model", ignore=left_out)
     halves = {key: value.half() if value.dtype == torch.float32 else value for key, value in own.items()}
     save_tensors(halves, target / "model" / WEIGHTS_FILE)
     size = (target / "model" / WEIGHTS_FILE).stat().st_size
-    if size > LARGEST:
-        raise SystemExit(f"{size:,} bytes of weights: at most {LARGEST:,} are shipped")
     rows = [row for part in [*run.stages(), run] for row in part.metrics()]
     facts = {
         "command": command,

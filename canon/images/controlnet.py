@@ -239,7 +239,7 @@ class ControlledDiffusion(nn.Module):
         return diffusion.loss(predict, z, eps, level, self.base.predicts)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Mean squared error of the predicted noise; ``batch`` as `batches` yields it."""
+        """Mean squared error of the prediction; ``batch`` as `batches` yields it."""
         return self(batch).mean(), {}
 
 
@@ -270,7 +270,7 @@ def connection_weights(mode: Mode, sizes: Sequence[int]) -> list[float]:
 def steered(
     unet: UNet, context: Context, controls: Sequence[Control], guidance: float, mode: Mode = "both"
 ) -> diffusion.Model:
-    """The prediction eps of (z_t, t), steered by classifier-free guidance and one control or several, which add up.
+    """The base's prediction for (z_t, t), steered by classifier-free guidance and one control or several, which add up.
 
     Args:
         unet: the locked one.
@@ -352,9 +352,8 @@ def from_pretrained(source: str | Path, base: str = "") -> tuple[ControlledDiffu
         load_control(model.control, load_tensors(file))
         return model.eval(), tokenizer
 
-    tensors = load_tensors(place)
-    if settings["system"] == "controlnet" and not any(name.startswith("base.") for name in tensors):
-        # the control alone, as it comes with the repository
+    tensors = {} if (place / "base").is_dir() or settings["system"] != "controlnet" else load_tensors(place)
+    if tensors and not any(name.startswith("base.") for name in tensors):  # the control alone, as it is shipped
         config = pretrained.from_plain(Config, {key: value for key, value in settings.items() if key != "system"})
         locked, tokenizer = load_base(config.base)
         model = ControlledDiffusion(config, locked)

@@ -212,7 +212,7 @@ class DreamBooth(nn.Module):
         z, context = self.model.encode(rows["images"], posterior), self.model.text(rows["tokens"])
         table = self.model.schedule.to(z.device)
         level = table[(rows["t"] * len(table)).long()]
-        # w_t || x^(alpha_t x + sigma_t eps, c) - x ||^2, with the w_t that makes it the error of the predicted noise
+        # w_t || x^(alpha_t x + sigma_t eps, c) - x ||^2, with the w_t that makes it the error of the prediction
         return diffusion.loss(lambda z_t, t: self.model(z_t, t, context), z, eps, level, self.model.predicts)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
@@ -193,10 +194,13 @@ class _NoisyShapes:
 def oracle(side: int = 32) -> Oracle:
     """The trained oracle for pictures of a side; trained once (half a minute), then read from the cache."""
     config = TrainingConfig(steps=250, batch_size=128, learning_rate=3e-3, warmup_steps=20, final_fraction=0.0, seed=1)
-    run = Run(assets.cache_home() / "oracles" / f"shapes-{side}-v{_VERSION}", config)
-    run.quiet, run.track = True, False
-    torch.manual_seed(1)
-    return fit(Oracle(), _NoisyShapes(side, config.batch_size), run, config)
+    folder = assets.cache_home() / "oracles" / f"shapes-{side}-v{_VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        run = Run(folder, config)
+        run.quiet, run.track = True, False
+        torch.manual_seed(1)
+        return fit(Oracle(), _NoisyShapes(side, config.batch_size), run, config)
 
 
 _VERSION = 1  # part of the name of cached oracles: raise it when the pictures or the network change

@@ -71,7 +71,8 @@ def optimizers(
 def _hidden_matrices(model: nn.Module) -> set[str]:
     """Names of the matrices and kernels that are neither an embedding nor the first or last layer.
 
-    The last layer is a linear one named head, or a convolution to few channels; the first a convolution of few.
+    The last layer is a linear one named head, or a convolution to few channels; the first a convolution of few. Layers
+    in and out of a wide code count as hidden.
     """
     names = set()
     for prefix, module in model.named_modules():

@@ -24,10 +24,10 @@ parameters, where the paper has 12 billion). `emoji` has drawings of things. The
 Deviations.
     paper                        ours                                    why
     250 million pictures         shapes, emoji, a folder of pictures     they were never released
-    beta 6.6                     `laptop`: 1.65                          its codes stand for 48 values, the paper's for
+    beta 6.6                     small presets: 1.65                     its codes stand for 48 values, the paper's for
                                                                          192: the same weight a value
     photographs                  drawings get uniform noise in stage 1   the density of flat pixels has no bound
-    AdamW                        `laptop`: Muon                          the same loss after fewer steps
+    AdamW                        small presets: Muon                     the same loss after fewer steps
     learning rate of stage 2     falls by a cosine to a 32nd             steps known beforehand
     halved at plateaus
     block-sparse kernels         dense attention under the same masks    the same function, simple to read

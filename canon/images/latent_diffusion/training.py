@@ -114,7 +114,7 @@ def train_first_stage(config: Config, run: Run) -> dict[str, Tensor]:
         config.training,
         steps=config.first_steps,
         batch_size=FIRST_BATCH_SIZE,
-        learning_rate=1e-2 if muon else 4.5e-6 * FIRST_BATCH_SIZE,  # the released configuration's, a picture
+        learning_rate=1e-2 if muon else 3e-3 if config.first_channels < 128 else 4.5e-6 * FIRST_BATCH_SIZE,  # released
         schedule="cosine",
         warmup_steps=min(50, config.first_steps // 10),
         final_fraction=0.03,

@@ -25,8 +25,8 @@ Deviations.
                                  captions never use
     DINO's features              VGG-16's (LPIPS) by default     comes with the autoencoder; give any other network
 
-Run. `canon run dreambooth`, on the model of shapes that comes with the repository or the one given as --base: half a
-minute of training on one thread, after as long for the class's pictures.
+Run. `canon run dreambooth`, on the model of shapes that comes with the repository or the one given as --base: 28
+seconds of training on one thread, after the class's pictures are drawn.
 """
 
 from collections import Counter

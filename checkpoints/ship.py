@@ -8,12 +8,14 @@ Copies the configuration, the weights as float16, the tokenizer, and says how it
 import json
 import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from canon.core.hub.tensors import WEIGHTS_FILE, load_tensors, save_tensors
 from canon.core.lab import Run
+from canon.images.latent_diffusion.weights import SHIPPED
 
 LARGEST = 6_000_000  # bytes
 LICENCE = (
@@ -54,6 +56,8 @@ def ship(source: Path, name: str, command: str) -> Path:
         "bytes": size,
         "licence": LICENCE,
     }
+    if alone:  # it is nothing without exactly this base, so a test compares them
+        facts["base_sha256"] = sha256((SHIPPED / WEIGHTS_FILE).read_bytes()).hexdigest()
     (target / "checkpoint.json").write_text(json.dumps(facts, indent=2) + "\n")
     return target
 

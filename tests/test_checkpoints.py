@@ -1,6 +1,7 @@
 """The checkpoints that come with the repository load, are small, say where they are from, and draw what is asked."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_a_checkpoint_loads_and_says_where_it_is_from(name):
     model, tokenizer = canon.load(name.split("-")[0]).from_pretrained(FOLDER / name / "model")
     assert tokenizer is not None
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+    if "base_sha256" in facts:  # shipped without its base, and made for exactly this one
+        base = FOLDER / "latent_diffusion-shapes" / "model" / WEIGHTS_FILE
+        assert sha256(base.read_bytes()).hexdigest() == facts["base_sha256"]
 
 
 def test_a_picture_without_a_run(capsys, in_folder):

@@ -49,9 +49,8 @@ from canon.core.hub.tensors import load_tensors
 from canon.core.lab import Run
 from canon.core.lab.maps import picture_figure
 from canon.core.training.fit import TrainingConfig, fit
-from canon.images import latent_diffusion
 from canon.images.clip.tokenizer import load_clip_tokenizer
-from canon.images.latent_diffusion import LatentDiffusion, load_base, weights
+from canon.images.latent_diffusion import LatentDiffusion, load_base, load_base_of, weights
 from canon.images.latent_diffusion.sampling import SAMPLERS, SamplerName, captions, noise, path
 from canon.images.latent_diffusion.unet import UNet
 
@@ -362,10 +361,7 @@ def from_pretrained(source: str | Path, base: str = "") -> tuple[ControlledDiffu
         return model.eval(), tokenizer
 
     def empty(config: Config) -> ControlledDiffusion:
-        if not (place / "base").is_dir():  # where a run leaves the shape of the base; the weights stand with its own
-            return ControlledDiffusion(config, load_base(config.base)[0])
-        shape = {key: value for key, value in pretrained.load_config(place / "base").items() if key != "system"}
-        return ControlledDiffusion(config, LatentDiffusion(pretrained.from_plain(latent_diffusion.Config, shape)))
+        return ControlledDiffusion(config, load_base_of(place, config.base))
 
     model, tokenizer = pretrained.load_pretrained(place, "controlnet", Config, empty, {}, lambda read: Config(**read))
     return model, load_clip_tokenizer(place) if tokenizer else load_base(model.config.base)[1]

@@ -55,7 +55,7 @@ from canon.core.lab.maps import picture_figure
 from canon.core.training.fit import TrainingConfig, fit
 from canon.images import latent_diffusion
 from canon.images.clip.tokenizer import load_clip_tokenizer
-from canon.images.latent_diffusion import LatentDiffusion, load_base
+from canon.images.latent_diffusion import LatentDiffusion, load_base, load_base_of
 from canon.images.latent_diffusion.first_stage import lpips
 from canon.images.latent_diffusion.sampling import SamplerName, captions, generate
 
@@ -286,10 +286,7 @@ def from_pretrained(source: str | Path) -> tuple[DreamBooth, BPETokenizer]:
     place = pretrained.resolve(source)
 
     def empty(config: Config) -> DreamBooth:
-        if not (place / "base").is_dir():  # where a run leaves the shape of the base
-            return DreamBooth(config, load_base(config.base)[0])
-        shape = {key: value for key, value in pretrained.load_config(place / "base").items() if key != "system"}
-        return DreamBooth(config, LatentDiffusion(pretrained.from_plain(latent_diffusion.Config, shape)))
+        return DreamBooth(config, load_base_of(place, config.base))
 
     model, tokenizer = pretrained.load_pretrained(place, "dreambooth", Config, empty, {}, lambda read: Config(**read))
     return model, load_clip_tokenizer(place) if tokenizer else load_base(model.config.base)[1]

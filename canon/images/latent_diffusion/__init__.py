@@ -38,7 +38,7 @@ likewise; with guidance 3 an oracle reads colour, form, place and size as asked 
 
 from canon.images.latent_diffusion.model import PRESETS, Config, LatentDiffusion
 from canon.images.latent_diffusion.training import batches, build, sample, train
-from canon.images.latent_diffusion.weights import from_pretrained, load_base
+from canon.images.latent_diffusion.weights import from_pretrained, load_base, load_base_of
 
 __all__ = [
     "PRESETS",
@@ -48,6 +48,7 @@ __all__ = [
     "build",
     "from_pretrained",
     "load_base",
+    "load_base_of",
     "sample",
     "train",
 ]

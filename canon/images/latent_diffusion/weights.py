@@ -15,6 +15,8 @@ from canon.core.hub.pretrained import (
     CONFIG_FILE,
     Names,
     Transform,
+    from_plain,
+    load_config,
     load_pretrained,
     load_weights,
     no_initialisation,
@@ -88,6 +90,18 @@ def load_base(source: str = "") -> tuple[LatentDiffusion, BPETokenizer]:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer.json: take the whole folder that a run wrote")
     return model, tokenizer
+
+
+def load_base_of(folder: Path, base: str) -> LatentDiffusion:
+    """What the model in ``folder`` was built upon: the shape of it where a run left that, else ``base`` itself.
+
+    Raises:
+        UserError: as :func:`load_base`, or the description is damaged.
+    """
+    if not (folder / "base").is_dir():
+        return load_base(base)[0]
+    shape = {key: value for key, value in load_config(folder / "base").items() if key != "system"}
+    return LatentDiffusion(from_plain(Config, shape))
 
 
 def _not_ours(settings: Mapping[str, object]) -> Config:

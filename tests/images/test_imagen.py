@@ -479,7 +479,7 @@ def test_a_tiny_cascade_learns_and_reports(tmp_path, monkeypatch, no_language_mo
         RECIPE, steps=24, batch_size=8, learning_rate=1e-2, optimizer="adam", ema_decay=0.0, warmup_steps=0,
         evaluate_every=8,
     )  # fmt: skip
-    config = dataclasses.replace(TINY, first_sr_steps=24, last_sr_steps=24, sr_batch_size=8, training=recipe)
+    config = dataclasses.replace(TINY, first_sr_steps=160, last_sr_steps=160, sr_batch_size=8, training=recipe)
     run = quiet_run(tmp_path / "imagen" / "tiny", config)
     quick = {"steps": 2}
     for name in ("generate", "enlarge", "draw_base"):

@@ -27,8 +27,12 @@ Deviations.
     embeddings as they are             each dimension standardised         three of 576 dimensions hold half of the
                                                                            energy, the same for all words
     eps predicted (base)               v, with its plain squared error     eps says nothing of x where alpha is 0
+    super-resolution predicts all      the network adds to what the        to copy takes a small network half of the
+    of the picture                     enlarged small picture says         steps that there is time for
     64, 256 and 1024 pixels            16, 32 and 64 (laptop)              minutes of a processor
     Adafactor (base), Adam             Muon with AdamW                     learns faster
+    dynamic thresholding               static, unless asked for            a white ground is no overshooting: divided by
+                                                                           its percentile, it turns grey
     guidance in all stages             in the base alone                   half the time; the small picture says almost
                                                                            everything
     schedule of the last stage,        cosine; 8 heads; 160 channels in    not found in what we could read; the channels

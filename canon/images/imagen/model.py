@@ -110,10 +110,10 @@ _LAPTOP = Config(
     sr_multipliers=(1, 2, 3),
     sr_blocks=(1, 1, 2),
     sr_batch_size=16,
-    first_sr_steps=1_200,
-    last_sr_steps=1_200,
+    first_sr_steps=2_400,
+    last_sr_steps=1_600,
     training=TrainingConfig(
-        steps=2_000,
+        steps=1_500,
         batch_size=64,
         learning_rate=1e-2,
         warmup_steps=50,
@@ -129,7 +129,7 @@ _LAPTOP = Config(
 PRESETS = {
     "laptop": _LAPTOP,
     "shapes": replace(
-        _LAPTOP, data="shapes", first_sr_steps=900, last_sr_steps=900, training=replace(_LAPTOP.training, steps=1_800)
+        _LAPTOP, data="shapes", first_sr_steps=1_200, last_sr_steps=800, training=replace(_LAPTOP.training, steps=1_200)
     ),
     # 2 B, 600 M and 400 M parameters under T5-XXL's 4.6 B, which the library does not load
     "paper": Config(

@@ -78,8 +78,8 @@ def draw_base(
     text: Float[Tensor, "batch time text_width"],
     *,
     steps: int = 32,
-    guidance: float = 4.0,
-    threshold: ThresholdName = "dynamic",
+    guidance: float = 2.0,
+    threshold: ThresholdName = "static",
     seed: int = 0,
 ) -> Iterator[State]:
     """The states of the base on its way from noise to a small picture; `last` takes the end of it."""
@@ -97,7 +97,7 @@ def enlarge(
     *,
     steps: int = 16,
     augmentation: float = 0.1,
-    threshold: ThresholdName = "dynamic",
+    threshold: ThresholdName = "static",
     seed: int = 0,
 ) -> Float[Tensor, "batch 3 size size"]:
     """Small pictures made larger by a super-resolution stage.
@@ -133,8 +133,8 @@ def generate(
     text: Float[Tensor, "batch time text_width"],
     *,
     steps: int = 32,
-    guidance: float = 4.0,
-    threshold: ThresholdName = "dynamic",
+    guidance: float = 2.0,
+    threshold: ThresholdName = "static",
     augmentation: float = 0.1,
     seed: int = 0,
 ) -> list[Float[Tensor, "batch 3 size size"]]:

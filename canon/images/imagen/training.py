@@ -233,8 +233,8 @@ def sample(
     *,
     count: int = 4,
     steps: int = 32,
-    guidance: float = 4.0,
-    threshold: ThresholdName = "dynamic",
+    guidance: float = 2.0,
+    threshold: ThresholdName = "static",
     augmentation: float = 0.1,
     seed: int = 0,
 ) -> Image.Image:
@@ -247,7 +247,8 @@ def sample(
         count: how many, side by side.
         steps: of the base's sampler.
         guidance: weight of the prompt; 1 is none, more obeys better and varies less.
-        threshold: dynamic, static or none: how a strongly guided picture is kept within its range.
+        threshold: dynamic, static or none: how a strongly guided picture is kept within its range. Dynamic is the
+            paper's, for photographs; a white ground, which is the end of the range, it turns grey.
         augmentation: noise put on each small picture before it is made larger, in [0, 1]: what it hides is drawn anew.
         seed: another seed, other pictures.
     """

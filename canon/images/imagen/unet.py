@@ -410,7 +410,9 @@ class EfficientUNet(nn.Module):
         x = self.up[0](x, emb, context)
         for block in self.up[1:]:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        # v = alpha eps - sigma x: what the small picture says of x need not be learned
+        sigma = cosine(t).sigma.to(low)[:, None, None, None]
+        return self.conv_out(F.silu(self.norm_out(x))) - sigma * low
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean squared error of v (Eq. 1), given the small picture under noise of a random level (figure A.32).

@@ -1,4 +1,4 @@
-"""Pictures from text embeddings: guidance with thresholding, and the cascade (sections 2.2, 2.3 and 2.5)."""
+"""Pictures from text embeddings: guidance with thresholding, and the cascade (sections 2.2 to 2.4)."""
 
 from collections.abc import Callable, Iterator
 from typing import Literal

@@ -61,7 +61,7 @@ class AttentionPool(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """The text, used twice: pooled and added to the time embedding, and as a sequence to attend to (section 2.3).
+    """The text, used twice: pooled and added to the time embedding, and as a sequence to attend to (section 2.5).
 
     Args:
         channels: of the U-Net at full resolution.
@@ -74,7 +74,7 @@ class Conditioning(nn.Module):
     def __init__(self, channels: int, d_emb: int, text_width: int, d_context: int, n_heads: int):
         super().__init__()
         self.time = LevelEmbedding(channels, d_emb)
-        # "Layer Normalization for text embeddings in the attention and pooling layers" (section 2.3)
+        # "Layer Normalization for text embeddings in the attention and pooling layers" (section 2.5)
         self.text_norm, self.context_norm = nn.LayerNorm(text_width), nn.LayerNorm(d_context)
         self.text = nn.Linear(text_width, d_context)
         self.pool = AttentionPool(d_context, n_heads)
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The base: predicts v of a small picture from its noisy self, time and text (section 2.4; Nichol and Dhariwal).
+    """The base: predicts v of a small picture from its noisy self, time and text (section 2.5; Nichol and Dhariwal).
 
     Args:
         channels: at full resolution; a multiple of 4, and of 32 from 128 on.
@@ -437,7 +437,7 @@ def augment(
     noise: Float[Tensor, "batch 3 height width"],
     level: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Noise-conditioning augmentation: the small picture as the forward process leaves it at time ``level`` (§2.5)."""
+    """Noise-conditioning augmentation: the small picture as the forward process leaves it at time ``level`` (§2.4)."""
     return add_noise(low, noise, cosine(level))
 
 

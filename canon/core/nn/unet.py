@@ -52,17 +52,26 @@ class ResBlock(nn.Module):
         d_emb: width of the time embedding; None: there is no time.
         groups: of both GroupNorms (Wu and He 2018, arXiv 1803.08494).
         eps: of both GroupNorms.
+        scale_shift: whether the time embedding scales and shifts what the second GroupNorm makes, and is not added
+            before it (Nichol and Dhariwal 2021, arXiv 2102.09672).
 
     Source: Ho et al. 2020, appendix B.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, d_emb: int | None = None, groups: int = 32, eps: float = 1e-5
+        self,
+        in_channels: int,
+        out_channels: int,
+        d_emb: int | None = None,
+        groups: int = 32,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
     ):
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = None if d_emb is None else nn.Linear(d_emb, out_channels)
+        self.time = None if d_emb is None else nn.Linear(d_emb, (1 + scale_shift) * out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -72,9 +81,14 @@ class ResBlock(nn.Module):
     ) -> Float[Tensor, "batch out_channels height width"]:
         """``emb`` is the time embedding after its SiLU, which all blocks of a network share."""
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.time is not None:
-            h += self.time(emb)[:, :, None, None]  # in place: nothing needs a convolution's own output
-        h = self.conv2(F.silu(self.norm2(h)))
+        time = None if self.time is None else self.time(emb)[:, :, None, None]
+        if time is not None and not self.scale_shift:
+            h += time  # in place: nothing needs a convolution's own output
+        h = self.norm2(h)
+        if time is not None and self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(F.silu(h))
         h += self.shortcut(x)
         return h
 

@@ -43,10 +43,10 @@ class Config:
     """Residual blocks of the base at each resolution."""
     attention: tuple[bool, ...] = (False, True, True, True)
     """Which of its resolutions attend, to themselves and to the text."""
-    sr_channels: tuple[int, ...] = (160, 128)
-    """Channels of the two super-resolution stages at full resolution."""
+    sr_channels: tuple[int, ...] = (128, 128)
+    """Channels of the two super-resolution stages at their first resolution, half of the picture's."""
     sr_multipliers: tuple[int, ...] = (1, 2, 4, 8)
-    """Channels of their resolutions as multiples of these; the lowest attends to the text."""
+    """Channels of their resolutions, each half the one before, in multiples of these; the lowest attends to text."""
     sr_blocks: tuple[int, ...] = (2, 4, 8, 8)
     """Residual blocks of their resolutions."""
     sr_batch_size: int = 2048
@@ -59,12 +59,20 @@ class Config:
     """How the base learns, and, but for steps and batch size, the others."""
 
     def __post_init__(self) -> None:
+        for name in ("multipliers", "sr_multipliers", "sr_blocks", "sr_channels"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise UserError(f"{name} needs whole numbers of at least 1, not {list(values)}")
         if len(self.sr_channels) != 2:
             raise UserError(f"sr_channels needs two numbers, one a stage, not {len(self.sr_channels)}")
         if len(self.attention) != len(self.multipliers):
             raise UserError("attention needs one value for each of the multipliers")
         if len(self.sr_blocks) != len(self.sr_multipliers):
             raise UserError("sr_blocks needs one number for each of the sr_multipliers")
+        sizes = ("text_width", "d_context", "channels", "text_length")
+        for name in (*sizes, "res_blocks", "sr_batch_size", "first_sr_steps", "last_sr_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         lowest_widths = [("sr_channels", c * self.sr_multipliers[-1]) for c in self.sr_channels]
         for name, width in [("channels", self.channels), ("d_context", self.d_context), *lowest_widths]:
             if self.n_heads < 1 or width % self.n_heads:
@@ -72,12 +80,9 @@ class Config:
         for name, channels in (("channels", self.channels), *(("sr_channels", c) for c in self.sr_channels)):
             if channels < 4 or channels % 4 or channels % groups_of(channels):
                 raise UserError(f"{name} must be a multiple of 4, and of 32 from 128 on, not {channels}")
-        for name in ("text_length", "res_blocks", "sr_batch_size", "first_sr_steps", "last_sr_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.scale < 2:
             raise UserError(f"scale must be at least 2, not {self.scale}")
-        lowest, sr_lowest = 2 ** (len(self.multipliers) - 1), 2 ** (len(self.sr_multipliers) - 1)
+        lowest, sr_lowest = 2 ** (len(self.multipliers) - 1), 2 ** len(self.sr_multipliers)
         if self.image_size < 1 or self.image_size % lowest or self.image_size * self.scale % sr_lowest:
             raise UserError(
                 f"image_size {self.image_size} must be a multiple of {lowest}, by which the base shrinks it, and the "
@@ -106,14 +111,14 @@ _LAPTOP = Config(
     multipliers=(1, 2, 3),
     res_blocks=1,
     attention=(False, True, True),
-    sr_channels=(16, 16),
-    sr_multipliers=(1, 2, 3),
-    sr_blocks=(1, 1, 2),
+    sr_channels=(32, 32),
+    sr_multipliers=(1, 1),
+    sr_blocks=(1, 2),
     sr_batch_size=16,
-    first_sr_steps=2_400,
-    last_sr_steps=1_600,
+    first_sr_steps=2_600,
+    last_sr_steps=2_000,
     training=TrainingConfig(
-        steps=1_500,
+        steps=1_800,
         batch_size=64,
         learning_rate=1e-2,
         warmup_steps=50,
@@ -139,7 +144,6 @@ PRESETS = {
             steps=2_500_000,
             batch_size=2048,
             learning_rate=1e-4,
-            schedule="constant",
             warmup_steps=10_000,
             ema_decay=0.9999,
             beta2=0.999,

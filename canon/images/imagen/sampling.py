@@ -1,5 +1,6 @@
 """Pictures from text embeddings: guidance with thresholding, and the cascade (sections 2.2 to 2.4)."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -21,7 +22,7 @@ THRESHOLDS: dict[ThresholdName, Callable[[Tensor], Tensor]] = {
     "none": lambda x0: x0,
 }
 GAMMA = 0.3
-"""Between the smallest and the largest variance of a step (Eq. 4's exponent; Ho et al. 2022, Imagen Video, say 0.3)."""
+"""Between the smallest and the largest variance of a step (Eq. 6); the paper states no value."""
 SR_GUIDANCE = 1.0
 """Weight of the text in super-resolution, where the small picture says almost everything."""
 
@@ -56,14 +57,25 @@ def denoiser(
     return diffusion.denoiser(guided, V, THRESHOLDS[threshold])
 
 
-def path(steps: int) -> Levels:
-    """The times that sampling visits: evenly from pure noise to none.
+def check_sampling(steps: int, guidance: float, augmentation: float, seed: int) -> None:
+    """Say what is wrong with the numbers of a sample, before anything is drawn.
 
     Raises:
-        UserError: there is no step.
+        UserError: there is no step, the guidance is no number, the augmentation is not in [0, 1], or the seed is below
+            0 or has more than 32 bits.
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance must be a number, not {guidance}")
+    if not 0 <= augmentation <= 1:
+        raise UserError(f"augmentation must be between 0 and 1, not {augmentation}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2^32, not {seed}")
+
+
+def path(steps: int) -> Levels:
+    """The times that sampling visits: evenly from pure noise to none."""
     return diffusion.path(cosine(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]))
 
 
@@ -84,7 +96,7 @@ def draw_base(
 ) -> Iterator[State]:
     """The states of the base on its way from noise to a small picture; `last` takes the end of it."""
     x = noise(len(text), model.config.image_size, seed).to(model.base.conv_in.weight.device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 2**35)  # not what the first row started from
     denoise = denoiser(model.base, text.to(x), guidance, threshold)
     return ddpm(denoise, x, path(steps), GAMMA, generator)
 
@@ -113,10 +125,9 @@ def enlarge(
         seed: of all noise.
 
     Raises:
-        UserError: the augmentation is not in [0, 1], or there is no step.
+        UserError: as :func:`check_sampling`.
     """
-    if not 0 <= augmentation <= 1:
-        raise UserError(f"augmentation must be between 0 and 1, not {augmentation}")
+    check_sampling(steps, SR_GUIDANCE, augmentation, seed)
     device = network.conv_in.weight.device
     low, text = low.to(device), text.to(device, torch.float32)
     level = torch.full((len(low),), float(augmentation), device=device)
@@ -148,7 +159,11 @@ def generate(
         threshold: dynamic, static or none.
         augmentation: noise put on each small picture before it is made larger, in [0, 1].
         seed: another seed, other pictures.
+
+    Raises:
+        UserError: as :func:`check_sampling`.
     """
+    check_sampling(steps, guidance, augmentation, seed)
     pictures = [last(draw_base(model, text, steps=steps, guidance=guidance, threshold=threshold, seed=seed))]
     for stage in model.stages:
         pictures.append(

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from canon.core.data import assets
 from canon.core.data.tokenizers import Tokenizer
 from canon.core.device import compute_dtype, pick_device
-from canon.core.errors import disk_errors
+from canon.core.errors import UserError, disk_errors
+from canon.core.hub.pretrained import resolve
 from canon.core.hub.tensors import load_tensors, save_tensors
 from canon.core.llm import Local
 
@@ -25,7 +25,9 @@ MOST_TOKENS = 256  # of a caption
 _VERSION = 1  # part of the name of cached embeddings: raise it when what they hold changes
 
 
-def hidden_states(model: nn.Module, tokenizer: Tokenizer, start: int, batch_size: int = 64) -> Encoder:
+def hidden_states(
+    model: nn.Module, tokenizer: Tokenizer, start: int, most: int = MOST_TOKENS, batch_size: int = 64
+) -> Encoder:
     """The encoder that a language model is: its last hidden states, after the final norm.
 
     Args:
@@ -33,13 +35,14 @@ def hidden_states(model: nn.Module, tokenizer: Tokenizer, start: int, batch_size
         tokenizer: its own.
         start: the token put before each caption. A causal language model takes its first position for a resting place
             of attention whatever stands there; this one's state is not handed on.
+        most: tokens of a caption that it can read.
         batch_size: captions at once, all of one length.
     """
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> list[Float[Tensor, "tokens width"]]:
         device = next(model.parameters()).device
-        tokens = [[start, *tokenizer.encode(text)[:MOST_TOKENS]] for text in texts]
+        tokens = [[start, *tokenizer.encode(text)[:most]] for text in texts]
         found: dict[int, Tensor] = {}
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         for _, group in groupby(order, key=lambda i: len(tokens[i])):
@@ -51,21 +54,23 @@ def hidden_states(model: nn.Module, tokenizer: Tokenizer, start: int, batch_size
     return encode
 
 
-@cache
 def load_encoder(source: str) -> Encoder:
     """The encoder of a language model's name, folder or GGUF file, see `canon.core.llm`.
 
     Raises:
-        UserError: there is nothing there, or no system of the library can load it.
+        UserError: there is nothing there, no system of the library can load it, or it is no model of LLaMA's kind.
     """
     local = Local(source, "exact")
+    if not isinstance(getattr(local.model, "head", None), nn.Linear):
+        raise UserError(f"text_encoder {source} has no separate head to take off: give a model of LLaMA's kind")
     device = pick_device()
     dtype = compute_dtype(device, "auto")
     model = local.model.to(device).eval().requires_grad_(False)
     model.head = nn.Identity()  # the states themselves, not the words they predict
     for p in model.parameters():  # and not the table of rotations, which needs its float32
         p.data = p.data.to(dtype)
-    return hidden_states(model, local.tokenizer, local.tokenizer.eot or 0)
+    most = min(MOST_TOKENS, local.model.config.context_length - 1)
+    return hidden_states(model, local.tokenizer, local.tokenizer.eot or 0, most)
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,20 @@ class Captions:
 
     @classmethod
     def of(cls, texts: Iterable[str], encoder: Encoder, statistics: Statistics | None = None) -> "Captions":
-        """Encode each distinct caption once; ``statistics`` are those of the captions themselves if not given."""
+        """Encode each distinct caption once; ``statistics`` are those of the captions themselves if not given.
+
+        Raises:
+            UserError: the statistics are of vectors of another width.
+        """
         distinct = list(dict.fromkeys(texts))
         states = encoder(distinct)
         ends = torch.tensor([len(each) for each in states]).cumsum(0)
         vectors = torch.cat(states).half()
+        if statistics is not None and len(statistics.mean) != vectors.shape[1]:
+            learned = f"the model learned from vectors of {len(statistics.mean)}"
+            raise UserError(
+                f"the text encoder gives vectors of {vectors.shape[1]}, but {learned}: it is another encoder"
+            )
         return cls(distinct, vectors, ends, statistics or measured(vectors))
 
     def index(self) -> dict[str, int]:
@@ -145,7 +159,10 @@ def encoded(texts: Iterable[str], source: str) -> Captions:
         UserError: the language model cannot be loaded, or the disk is full.
     """
     distinct = list(dict.fromkeys(texts))
-    key = hashlib.sha256("\n".join([str(_VERSION), source, *distinct]).encode()).hexdigest()[:20]
+    place = resolve(source)  # another model may lie there tomorrow
+    files = sorted(place.glob("*")) if place.is_dir() else [place]
+    stamps = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    key = hashlib.sha256("\n".join([str(_VERSION), *stamps, *distinct]).encode()).hexdigest()[:20]
     path = assets.cache_home() / "text" / f"{key}.safetensors"
     with disk_errors(f"text embeddings to {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)

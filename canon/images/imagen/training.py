@@ -20,7 +20,7 @@ from canon.core.training import distributed
 from canon.core.training.fit import TrainingConfig, fit
 from canon.images.imagen import views
 from canon.images.imagen.model import Config, Imagen, super_resolution
-from canon.images.imagen.sampling import ThresholdName, generate
+from canon.images.imagen.sampling import ThresholdName, check_sampling, generate
 from canon.images.imagen.text import Captions, embed, encoded, load_encoder
 from canon.images.imagen.unet import EfficientUNet
 
@@ -201,6 +201,7 @@ def train_super_resolution(
 def train(config: Config, run: Run) -> Imagen:
     """Train the super-resolution stages, then the base; goes on where the run was stopped."""
     pictures, captions = _corpus(config)
+    stream = batches(config)  # now, so that what is wrong with it is said before the other stages take their time
     if run.leader:
         save_description(config, run.path / "model", system="imagen")
     stages = [train_super_resolution(config, pictures, captions, run, stage) for stage in STAGES]
@@ -216,7 +217,7 @@ def train(config: Config, run: Run) -> Imagen:
     def evaluate(_: nn.Module) -> dict[str, float]:
         return {"validation_loss": float(model.loss(distributed.move(held, model.base.conv_in.weight.device))[0])}
 
-    model = fit(model, batches(config), run, config.training, evaluate=evaluate)
+    model = fit(model, stream, run, config.training, evaluate=evaluate)
     if run.leader:
         shown = model
         if distributed.world()[1] > 1:  # this process may hold a shard only
@@ -255,8 +256,8 @@ def sample(
     if count < 1:
         raise UserError(f"count must be at least 1, not {count}")
     c = model.config
+    check_sampling(steps, guidance, augmentation, seed)
     text = embed([prompt] * count, load_encoder(c.text_encoder), c.text_length, model.statistics)
-    check_width(text, c.text_width, c.text_encoder)
     pictures = generate(
         model, text, steps=steps, guidance=guidance, threshold=threshold, augmentation=augmentation, seed=seed
     )

@@ -177,7 +177,7 @@ class UNet(nn.Module):
 
         def block(before: int, level: int) -> Block:
             found = TextAttention(widths[level], n_heads, d_context, groups) if attention[level] else None
-            return Block(ResBlock(before, widths[level], d_emb, groups), found)
+            return Block(ResBlock(before, widths[level], d_emb, groups, scale_shift=True), found)
 
         self.conditioning = Conditioning(channels, d_emb, text_width, d_context, n_heads)
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
@@ -192,7 +192,7 @@ class UNet(nn.Module):
                 width = widths[level]
                 skips.append(width)
         self.middle = nn.ModuleList(
-            Block(ResBlock(width, width, d_emb, groups), found)
+            Block(ResBlock(width, width, d_emb, groups, scale_shift=True), found)
             for found in (TextAttention(width, n_heads, d_context, groups), None)
         )
         for level in reversed(range(len(widths))):
@@ -242,15 +242,29 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------------ super-resolution
 
 
-class DBlock(nn.Module):
-    """One resolution on the way down (figure A.28): a strided convolution first, then time, residual blocks, attention.
+class CombineEmbs(nn.Module):
+    """Channels scaled and shifted by what time, text and level say (``use_scale_shift_norm``, appendix F.2)."""
 
-    "We reverse this order", so that the convolutions of a block run at the lower resolution (appendix B.1).
+    def __init__(self, channels: int, d_emb: int):
+        super().__init__()
+        self.emb = nn.Linear(d_emb, 2 * channels)
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], emb: Float[Tensor, "batch d_emb"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
+
+
+class DBlock(nn.Module):
+    """One resolution on the way down (figure A.28): a convolution of stride 2 first, then embeddings, residual blocks,
+    attention.
+
+    The usual order is reversed, so that a block's convolutions run at the lower resolution (appendix B.1).
 
     Args:
         in_channels: of the resolution above.
         channels: of this one.
-        stride: 2, or 1 for the first.
         blocks: residual blocks.
         d_emb: of the time embedding.
         groups: of every GroupNorm.
@@ -258,18 +272,11 @@ class DBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        blocks: int,
-        d_emb: int,
-        groups: int,
-        attention: TextAttention | None,
+        self, in_channels: int, channels: int, blocks: int, d_emb: int, groups: int, attention: TextAttention | None
     ):
         super().__init__()
-        self.resample = nn.Conv2d(in_channels, channels, 3, stride, padding=1)
-        self.emb = nn.Linear(d_emb, channels)
+        self.resample = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
+        self.combine = CombineEmbs(channels, d_emb)
         self.blocks = nn.ModuleList(ResBlock(channels, channels, groups=groups) for _ in range(blocks))
         self.attention = attention
 
@@ -278,20 +285,20 @@ class DBlock(nn.Module):
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch d_emb"],
         context: Float[Tensor, "batch time d_context"],
-    ) -> Float[Tensor, "batch channels new_height new_width"]:
-        x = self.resample(x) + self.emb(emb)[:, :, None, None]
+    ) -> Float[Tensor, "batch channels half_height half_width"]:
+        x = self.combine(self.resample(x), emb)
         for block in self.blocks:
             x = block(x)
         return x if self.attention is None else self.attention(x, context)
 
 
 class UBlock(nn.Module):
-    """One resolution on the way up (figure A.29): time, residual blocks, attention; up-sampling comes last.
+    """One resolution on the way up (figure A.29): embeddings, residual blocks, attention; up-sampling comes last.
 
     Args:
         in_channels: of what comes from below, and of the skip connection if there is one.
         channels: of this resolution.
-        out_channels: of the resolution above; None: there is none.
+        out_channels: of the resolution above.
         blocks: residual blocks.
         d_emb: of the time embedding.
         groups: of every GroupNorm.
@@ -302,44 +309,42 @@ class UBlock(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        out_channels: int | None,
+        out_channels: int,
         blocks: int,
         d_emb: int,
         groups: int,
         attention: TextAttention | None,
     ):
         super().__init__()
-        self.emb = nn.Linear(d_emb, in_channels)
+        self.combine = CombineEmbs(in_channels, d_emb)
         ins = [in_channels] + [channels] * (blocks - 1)
         self.blocks = nn.ModuleList(ResBlock(width, channels, groups=groups) for width in ins)
         self.attention = attention
-        self.resample = None if out_channels is None else nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.resample = nn.ConvTranspose2d(channels, out_channels, 3, stride=2, padding=1, output_padding=1)
 
     def forward(
         self,
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch d_emb"],
         context: Float[Tensor, "batch time d_context"],
-    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        x = x + self.emb(emb)[:, :, None, None]
+    ) -> Float[Tensor, "batch out_channels twice_height twice_width"]:
+        x = self.combine(x, emb)
         for block in self.blocks:
             x = block(x)
-        if self.attention is not None:
-            x = self.attention(x, context)
-        # a convolution of repeated pixels costs four times as much as one before they are repeated
-        return x if self.resample is None else F.interpolate(self.resample(x), scale_factor=2.0, mode="nearest")
+        return self.resample(x if self.attention is None else self.attention(x, context))
 
 
 class EfficientUNet(nn.Module):
-    """Super-resolution: v of a picture from its noisy self, time, text and the small picture (appendix B.1).
+    """Super-resolution: v of a picture from its noisy self, time, text and the small picture (appendices B.1, F).
 
-    Most residual blocks stand at the lowest resolution, which alone has attention. It is convolutional elsewhere: where
-    pixels do not attend to each other, it learns from crops and draws whole pictures.
+    No residual block stands at the picture's own resolution, and most stand at the lowest, which alone has attention.
+    It is convolutional elsewhere: where pixels do not attend to each other, it learns from crops and draws whole
+    pictures.
 
     Args:
-        channels: at full resolution; a multiple of 4, and of 32 from 128 on.
-        multipliers: channels of each level, finest first, in multiples of ``channels``.
-        blocks: residual blocks of each level.
+        channels: of the first resolution, half of the picture's; a multiple of 4, and of 32 from 128 on.
+        multipliers: channels of each resolution, finest first, in multiples of ``channels``.
+        blocks: residual blocks of each resolution, on the way down and again on the way up.
         n_heads: attention heads.
         text_width: of the frozen encoder's vectors.
         d_context: of what pixels attend to.
@@ -361,7 +366,7 @@ class EfficientUNet(nn.Module):
         super().__init__()
         d_emb, groups = 4 * channels, groups_of(channels)
         widths = [channels * m for m in multipliers]
-        lowest = len(widths) - 1
+        above, lowest = [channels, *widths], len(widths) - 1
 
         def attention(level: int) -> TextAttention | None:
             return TextAttention(widths[level], n_heads, d_context, groups, self_attention) if level == lowest else None
@@ -370,15 +375,14 @@ class EfficientUNet(nn.Module):
         self.augmentation = LevelEmbedding(channels, d_emb)
         self.conv_in = nn.Conv2d(6, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, (before, width) in enumerate(zip([channels, *widths], widths)):
-            stride = 2 if level else 1
-            self.down.append(DBlock(before, width, stride, blocks[level], d_emb, groups, attention(level)))
+        for level, width in enumerate(widths):
+            self.down.append(DBlock(above[level], width, blocks[level], d_emb, groups, attention(level)))
         for level in reversed(range(len(widths))):
-            width, above = widths[level], widths[level - 1] if level else None
+            width = widths[level]
             both = width if level == lowest else 2 * width
-            self.up.append(UBlock(both, width, above, blocks[level], d_emb, groups, attention(level)))
-        self.norm_out = nn.GroupNorm(groups, widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+            self.up.append(UBlock(both, width, above[level], blocks[level], d_emb, groups, attention(level)))
+        self.norm_out = nn.GroupNorm(groups, channels)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
         quiet(self)
 
     def forward(
@@ -392,7 +396,7 @@ class EfficientUNet(nn.Module):
         """The prediction.
 
         Args:
-            x: noisy picture; height and width are multiples of 2^(levels - 1).
+            x: noisy picture; height and width are multiples of 2^resolutions.
             t: its time in [0, 1].
             text: of the frozen encoder.
             low: the small picture, augmented (:func:`augment`).

@@ -112,7 +112,7 @@ def test_hidden_states_are_those_of_transformers():
     )
     ours.head = nn.Identity()
     texts = ["bcd", "xyz", "", "b", "dcb", "abcdefgh"]
-    found = text.hidden_states(ours, LETTERS, start=0, batch_size=2)(texts)
+    found = text.hidden_states(ours, LETTERS.encode, start=0, batch_size=2)(texts)
     for each, states in zip(texts, found):
         with torch.no_grad():
             expected = theirs(torch.tensor([[0, *LETTERS.encode(each)]])).last_hidden_state[0, 1:]

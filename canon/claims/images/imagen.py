@@ -365,41 +365,23 @@ def hashed_words(width: int = 64) -> Encoder:
     return lambda texts: [torch.stack([vector(word) for word in text.split()]).sum(0, keepdim=True) for text in texts]
 
 
-class _Words:
-    """A tokenizer of the words of some captions; 0 is the start, and fills up."""
-
-    eot = 0
-
-    def __init__(self, texts: Sequence[str]):
-        self.words = ["", *sorted({word for text in texts for word in text.split()})]
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.words)
-
-    def encode(self, text: str, /) -> list[int]:
-        return [self.words.index(word) for word in text.split()]
-
-    def decode(self, ids: Sequence[int], /) -> str:
-        return " ".join(self.words[i] for i in ids)
-
-    def save(self, folder: object, /):
-        raise ValueError("it is never saved")
-
-
 def caption_model(lab: Lab, texts: Sequence[str], steps: int = 300) -> Encoder:
     """A small language model pre-trained on the captions alone, as an encoder."""
-    words = _Words(texts)
-    tokens = torch.tensor([token for text in texts for token in (0, *words.encode(text))])
+    words = {word: i + 1 for i, word in enumerate(sorted({word for text in texts for word in text.split()}))}
+
+    def encode(text: str) -> list[int]:
+        return [words[word] for word in text.split()]
+
+    tokens = torch.tensor([token for text in texts for token in (0, *encode(text))])
     recipe = replace(RECIPE, steps=steps, seed=lab.seed, batch_size=64, ema_decay=0.0)
     config = llama.Config(
-        vocab_size=len(words.words), context_length=32, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=128,
+        vocab_size=len(words) + 1, context_length=32, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=128,
         training=recipe,
     )  # fmt: skip
     stream = TokenBatches(tokens, 31, recipe.batch_size, lab.seed)
     model = fit(llama.build(config), stream, lab.stage("captions", recipe), recipe)
     model.set_submodule("head", nn.Identity())
-    return hidden_states(model.requires_grad_(False), words, 0)
+    return hidden_states(model.requires_grad_(False), encode, 0)
 
 
 @claim(

@@ -11,10 +11,11 @@ more than enlarging the U-Nets. Each of the three learns to denoise, and is samp
 
 Faithful. The text is used twice, pooled by attention into the time embedding and as a sequence to attend to, under
 LayerNorm. Base: a U-Net with attention to pixels and text. Super-resolution: the Efficient U-Net (most blocks at the
-lowest resolution, down-sampling before and up-sampling after a block's convolutions, skip connections scaled by
-1/sqrt 2); the last stage learns from crops and has no self-attention. Noise-conditioning augmentation of a random level
-that is told, and chosen at sampling. Continuous time, cosine schedule, ancestral sampling. A tenth of the captions
-zeroed. Static and dynamic thresholds, of each sample at each step. 2.0 B, 0.66 B and 0.42 B parameters in ``paper``.
+lowest resolution and none at the picture's own, down-sampling before and up-sampling after a block's convolutions, skip
+connections scaled by 1/sqrt 2, embeddings that scale and shift); the last stage learns from crops and has no
+self-attention. Noise-conditioning augmentation of a random level that is told, and chosen at sampling. Continuous time,
+cosine schedule, ancestral sampling. A tenth of the captions zeroed. Static and dynamic thresholds, of each sample at
+each step. 2.1 B, 0.43 B and 0.42 B parameters in ``paper``.
 
 Scaled down. ``laptop``: 547 emoji at 16, 32 and 64 pixels; SmolLM2 with 135 M parameters reads captions;
 3.0 M parameters in all three U-Nets. ``shapes``: drawn shapes, whose pictures an oracle can judge.
@@ -35,8 +36,12 @@ Deviations.
                                                                            its percentile, it turns grey
     guidance in all stages             in the base alone                   half the time; the small picture says almost
                                                                            everything
-    schedule of the last stage,        cosine; 8 heads; 160 channels in    not found in what we could read; the channels
-    heads, width of the first stage    the first stage (paper)             are chosen to meet 600 M
+    last stage: linear schedule        cosine in all stages                one schedule is simpler
+    text beside the pixels in the      cross-attention of its own          reads as the equation of attention does;
+    keys of self-attention             (``paper``, too)                    padding is zeros that are attended to
+    BigGAN blocks, heads of 64         residual blocks of DDPM with scale  shared with the other U-Nets; the base alone
+    channels (base)                    and shift, 8 heads                  differs
+    first stage: 600 M                 428 M (``paper``)                   the shape in appendix F.2 has no more
 
 Run. `canon run imagen`
 """

@@ -11,7 +11,6 @@ from jaxtyping import Float, Float16, Int
 from torch import Tensor, nn
 
 from canon.core.data import assets
-from canon.core.data.tokenizers import Tokenizer
 from canon.core.device import compute_dtype, pick_device
 from canon.core.errors import UserError, disk_errors
 from canon.core.hub.pretrained import resolve
@@ -26,13 +25,13 @@ _VERSION = 1  # part of the name of cached embeddings: raise it when what they h
 
 
 def hidden_states(
-    model: nn.Module, tokenizer: Tokenizer, start: int, most: int = MOST_TOKENS, batch_size: int = 64
+    model: nn.Module, tokens_of: Callable[[str], list[int]], start: int, most: int = MOST_TOKENS, batch_size: int = 64
 ) -> Encoder:
     """The encoder that a language model is: its last hidden states, after the final norm.
 
     Args:
         model: from tokens (batch, time) to hidden states (batch, time, width).
-        tokenizer: its own.
+        tokens_of: from a caption to its tokens.
         start: the token put before each caption. A causal language model takes its first position for a resting place
             of attention whatever stands there; this one's state is not handed on.
         most: tokens of a caption that it can read.
@@ -42,7 +41,7 @@ def hidden_states(
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> list[Float[Tensor, "tokens width"]]:
         device = next(model.parameters()).device
-        tokens = [[start, *tokenizer.encode(text)[:most]] for text in texts]
+        tokens = [[start, *tokens_of(text)[:most]] for text in texts]
         found: dict[int, Tensor] = {}
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         for _, group in groupby(order, key=lambda i: len(tokens[i])):
@@ -70,7 +69,7 @@ def load_encoder(source: str) -> Encoder:
     for p in model.parameters():  # and not the table of rotations, which needs its float32
         p.data = p.data.to(dtype)
     most = min(MOST_TOKENS, local.model.config.context_length - 1)
-    return hidden_states(model, local.tokenizer, local.tokenizer.eot or 0, most)
+    return hidden_states(model, local.tokenizer.encode, local.tokenizer.eot or 0, most)
 
 
 @dataclass(frozen=True)

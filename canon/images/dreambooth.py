@@ -382,7 +382,7 @@ def train(config: Config, run: Run) -> DreamBooth:
 
     def evaluate(_: nn.Module) -> dict[str, float]:
         device = model.model.latent_scale.device
-        return {"validation_loss": float(model.loss({key: value.to(device) for key, value in fixed.items()})[0])}
+        return {"fixed_loss": float(model.loss({key: value.to(device) for key, value in fixed.items()})[0])}
 
     model = fit(model, stream, run, config.training, evaluate=evaluate)
     if run.leader:

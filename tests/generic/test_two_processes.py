@@ -68,5 +68,5 @@ def test_two_processes_equal_one(name, tmp_path: Path, monkeypatch):
     rows = [Run.open(tmp_path / path).metrics() for path in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     for ours, theirs in zip(*rows):
-        for metric in ours.keys() & theirs.keys() & {"loss", "validation_loss", "validation_nll"}:
+        for metric in ours.keys() & theirs.keys() & {"loss", "fixed_loss", "validation_loss", "validation_nll"}:
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4), metric

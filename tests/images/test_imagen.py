@@ -518,7 +518,7 @@ def test_a_tiny_cascade_learns_and_reports(tmp_path, monkeypatch, no_language_mo
         with torch.no_grad():
             learned, fresh = (float(getattr(each, name).loss(held)[0]) for each in (found, imagen.build(config)))
         assert learned < 0.8 * fresh, stage
-    assert all("validation_loss" in part.metrics()[-1] for part in (*run.stages(), run))
+    assert all("fixed_loss" in part.metrics()[-1] for part in (*run.stages(), run))
     assert [part.name for part in run.stages()] == ["first_super_resolution", "last_super_resolution"]
     assert len([row for row in run.samples() if row["kind"] == "figure"]) == 5
     page = imagen.sample(found, run, "a red star", count=2, steps=2)

@@ -16,8 +16,8 @@ from canon.core.lab.run import Run
 from canon.core.lab.threshold import Threshold
 from canon.core.lab.wording import UNITS, duration, number, signs, spread, words
 
-SIDES = ("training", "train", "validation", "val", "test", "held_out", "average", "ema")  # sides of one quantity
-HELD_OUT = ("validation", "val", "test", "held_out")
+SIDES = ("training", "train", "validation", "val", "test", "held_out", "fixed", "average", "ema")  # of a quantity
+JUDGED = ("validation", "val", "test", "held_out", "fixed")  # fixed: a batch of what is learned, always the same
 INSTRUMENTS = ("learning_rate", "gradient_norm", "utilisation", "_per_second")  # how it ran, not what it learnt
 MIME = {".png": "image/png", ".wav": "audio/wav"}
 HEADLINES = 6
@@ -65,7 +65,7 @@ def headlines(run: Run) -> list[tuple[str, str, str]]:
     found = [(_number(value), words(name), "") for name, value in summary.items()]
     logged = [lines for lines in map(_series, [run, *reversed(run.stages())]) if lines]  # its own, or the last stage's
     series = {line.name: line for line in (logged[0] if logged else [])}
-    result = next((name for name in series if _side(name) in HELD_OUT), "loss")
+    result = next((name for name in series if _side(name) in JUDGED), "loss")
     if result in series and (points := series[result].finite()):
         found.append((number(points[-1][1]), words(result), f"at step {number(points[-1][0])}"))
     if series:

@@ -21,7 +21,7 @@ from canon.core.training.optimizers import Schedule, learning_rate_at, optimizer
 from canon.core.training.signals import stop_signals
 
 M = TypeVar("M", bound=nn.Module)
-_SHOWN = ("loss", "validation_loss", "tokens_per_second", "examples_per_second", "utilisation")
+_SHOWN = ("loss", "validation_loss", "fixed_loss", "tokens_per_second", "examples_per_second", "utilisation")
 
 
 @dataclass(frozen=True)

@@ -186,11 +186,11 @@ def train_super_resolution(
     recipe = sr_recipe(config, stage)
     torch.manual_seed(recipe.seed)
     network = super_resolution(config, STAGES.index(stage))
-    held = next(stage_batches(config, pictures, captions, replace(recipe, seed=recipe.seed + 1), stage))
+    fixed = next(stage_batches(config, pictures, captions, replace(recipe, seed=recipe.seed + 1), stage))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, EfficientUNet)
-        return {"validation_loss": float(model.loss(distributed.move(held, model.conv_in.weight.device))[0])}
+        return {"fixed_loss": float(model.loss(distributed.move(fixed, model.conv_in.weight.device))[0])}
 
     place = run.stage(f"{stage}_super_resolution", recipe)
     fit(network, stage_batches(config, pictures, captions, recipe, stage), place, recipe, evaluate=evaluate)
@@ -212,10 +212,10 @@ def train(config: Config, run: Run) -> Imagen:
         network.load_state_dict(weights)
         network.eval()
     other = replace(config.training, seed=config.training.seed + 1)
-    held = next(stage_batches(config, pictures, captions, other, "base"))
+    fixed = next(stage_batches(config, pictures, captions, other, "base"))
 
     def evaluate(_: nn.Module) -> dict[str, float]:
-        return {"validation_loss": float(model.loss(distributed.move(held, model.base.conv_in.weight.device))[0])}
+        return {"fixed_loss": float(model.loss(distributed.move(fixed, model.base.conv_in.weight.device))[0])}
 
     model = fit(model, stream, run, config.training, evaluate=evaluate)
     if run.leader:

@@ -22,7 +22,7 @@ Deviations.
                                          the pictures                        autoencoder
     betas 0.5 and 0.9                    0.9 and 0.99                        learns faster before the adversary comes
     log-variance begins at 0             at -6                               19.3 against 17.1 dB after 60 s
-    Adam, AdamW                          Muon in the small presets           held-out pixels differ by 0.090 and not by
+    Adam, AdamW                          Muon in the small presets           decoded pixels differ by 0.090, not by
                                                                              0.131 after 700 steps
     the U-Net predicts the noise         v in the small presets, as Stable   what is drawn weighs little in the noise of
                                          Diffusion 2                         the noisiest steps: after 4 minutes CLIP

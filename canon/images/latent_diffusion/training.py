@@ -140,15 +140,15 @@ def train_first_stage(config: Config, run: Run) -> dict[str, Tensor]:
         images, torch.zeros(len(images), 1, 1).long(), recipe.batch_size, recipe.seed, jitter,
         noise=(config.latent_channels, config.latent_size, config.latent_size),
     )  # fmt: skip
-    held = to_float(images[:: max(1, len(images) // 128)][:128])
+    shown = to_float(images[:: max(1, len(images) // 128)][:128])
 
     def evaluate(stage: nn.Module) -> dict[str, float]:
         assert isinstance(stage, FirstStage)
-        device, rows = next(stage.parameters()).device, len(held)
+        device, rows = next(stage.parameters()).device, len(shown)
         noise = torch.zeros(rows, config.latent_channels, config.latent_size, config.latent_size, device=device)
         numbers = torch.arange(rows, device=device)
-        batch = {"images": held.to(device), "noise": noise, "step": torch.zeros_like(numbers), "row": numbers}
-        return {"validation_l1": float(stage.loss(batch)[1]["l1"])}
+        batch = {"images": shown.to(device), "noise": noise, "step": torch.zeros_like(numbers), "row": numbers}
+        return {"fixed_l1": float(stage.loss(batch)[1]["l1"])}
 
     stage = run.stage("autoencoder", recipe)
     fit(model, _Counted(stream), stage, recipe, evaluate=evaluate)
@@ -171,7 +171,7 @@ def train(config: Config, run: Run) -> LatentDiffusion:
 
     def evaluate(_: nn.Module) -> dict[str, float]:
         device = model.latent_scale.device
-        return {"validation_loss": float(model.loss({key: value.to(device) for key, value in fixed.items()})[0])}
+        return {"fixed_loss": float(model.loss({key: value.to(device) for key, value in fixed.items()})[0])}
 
     model = fit(model, batches(config), run, config.training, evaluate=evaluate)
     if run.leader:

@@ -68,8 +68,12 @@ INLINE f32 max16(f32 a, f32 b) {
 // exponent is kept between -126 and 126, so that the result is a positive, normal number.
 INLINE f32 exp16(f32 x) {
     f32 t = x * 1.442695041f;
+#ifdef __AVX512F__
+    t = (f32)_mm512_min_ps(_mm512_max_ps((__m512)t, _mm512_set1_ps(-126)), _mm512_set1_ps(126));
+#else
     i32 small = t < -126.0f, large = t > 126.0f;
     t = (f32)(((i32)t & ~small & ~large) | ((i32)((f32){0} - 126) & small) | ((i32)((f32){0} + 126) & large));
+#endif
     f32 n = (t + 12582912.0f) - 12582912.0f, f = (t - n) * 0.6931471806f;  // adding 1.5 * 2^23 rounds
     f32 y = 1 + f * (1 + f * (1 / 2.0f + f * (1 / 6.0f + f * (1 / 24.0f + f * (1 / 120.0f + f * (1 / 720.0f))))));
     return (f32)((i32)y + (__builtin_convertvector(n, i32) << 23));

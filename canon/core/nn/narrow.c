@@ -1,0 +1,229 @@
+// Attention of narrow heads, and its gradients: softmax(q k^T / sqrt(d)) v in float32, four queries at a time.
+//
+// With five channels a head a matrix product has next to nothing to do, and the map of weights is what costs: here it
+// never leaves the cache. Keys and values are transposed once, so that neighbours in memory are neighbouring keys.
+
+#include <stdlib.h>
+
+#include "../vectors.h"
+
+#define ROWS 4
+#define PAD (2 * LANES)
+#define TILE 256  // keys at a time in the backward pass, whose weights and gradients then stay in the nearest cache
+
+typedef struct {
+    int64_t batch, heads, queries, keys, d, half, threads;
+    int64_t q[3], k[3], v[3], y[3];  // strides of batch, head and position, in elements; channels are neighbours
+} Shape;
+
+INLINE float element(const char *p, int64_t i, int half) {
+    if (!half) return ((const float *)p)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE void put(char *p, int64_t i, float value, int half) {
+    f32 v = {value};
+    if (half) ((uint16_t *)p)[i] = to_bf16(v)[0];
+    else ((float *)p)[i] = value;
+}
+
+// Where row t of a head begins, in elements.
+INLINE int64_t place(const int64_t stride[3], int64_t b, int64_t h, int64_t t) {
+    return b * stride[0] + h * stride[1] + t * stride[2];
+}
+
+// (keys, d) -> (d, n) with zeros behind the keys
+static void transpose(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t keys, int64_t d,
+                      int64_t n, int half, float *to) {
+    memset(to, 0, d * n * sizeof(float));
+    for (int64_t t = 0; t < keys; t++)
+        for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) to[i * n + t] = element(from, at + i, half);
+}
+
+static void transpose_back(const float *from, char *to, const int64_t stride[3], int64_t b, int64_t h, int64_t keys,
+                           int64_t d, int64_t n, int half) {
+    for (int64_t t = 0; t < keys; t++)
+        for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) put(to, at + i, from[i * n + t], half);
+}
+
+// Four rows from `first` on, times `scale`; behind the last one the last again.
+static void rows(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t first, int64_t count,
+                 int64_t d, float scale, int half, float *to) {
+    for (int64_t r = 0; r < ROWS; r++) {
+        int64_t t = first + r < count ? first + r : count - 1;
+        for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) to[r * d + i] = scale * element(from, at + i, half);
+    }
+}
+
+// out (ROWS, count) <- a (ROWS, d) m (d, count), of whose rows each has n elements
+static void spread(int64_t d, int64_t n, int64_t count, const float *a, const float *m, float *out) {
+    for (int64_t j = 0; j < count; j += PAD) {
+        f32 sum[ROWS][2] = {{{0}}};
+        for (int64_t i = 0; i < d; i++) {
+            f32 left = LOAD(m + i * n + j), right = LOAD(m + i * n + j + LANES);
+            for (int r = 0; r < ROWS; r++) {
+                sum[r][0] += a[r * d + i] * left;
+                sum[r][1] += a[r * d + i] * right;
+            }
+        }
+        for (int r = 0; r < ROWS; r++) {
+            STORE(out + r * count + j, sum[r][0]);
+            STORE(out + r * count + j + LANES, sum[r][1]);
+        }
+    }
+}
+
+// out (ROWS, d) += a (ROWS, count) m^T (count, d), two channels at a time
+static void gather(int64_t d, int64_t n, int64_t count, const float *a, const float *m, float *out) {
+    for (int64_t i = 0; i < d; i += 2) {
+        const float *one = m + i * n, *two = m + (i + 1 < d ? i + 1 : i) * n;
+        f32 sum[ROWS][2] = {{{0}}};
+        for (int64_t j = 0; j < count; j += LANES) {
+            f32 left = LOAD(one + j), right = LOAD(two + j);
+            for (int r = 0; r < ROWS; r++) {
+                f32 weight = LOAD(a + r * count + j);
+                sum[r][0] += weight * left;
+                sum[r][1] += weight * right;
+            }
+        }
+        for (int r = 0; r < ROWS; r++) {
+            out[r * d + i] += sum16(sum[r][0]);
+            if (i + 1 < d) out[r * d + i + 1] += sum16(sum[r][1]);
+        }
+    }
+}
+
+// m (d, count) += a^T (d, ROWS) w (ROWS, count)
+static void add(int64_t d, int64_t n, int64_t count, const float *a, const float *w, float *m) {
+    for (int64_t j = 0; j < count; j += LANES) {
+        f32 weight[ROWS];
+        for (int r = 0; r < ROWS; r++) weight[r] = LOAD(w + r * count + j);
+        for (int64_t i = 0; i < d; i++) {
+            f32 sum = LOAD(m + i * n + j);
+            for (int r = 0; r < ROWS; r++) sum += a[r * d + i] * weight[r];
+            STORE(m + i * n + j, sum);
+        }
+    }
+}
+
+// Scores become weights, not yet divided by their sum; returns the largest score and the sum.
+INLINE float weigh(float *w, int64_t keys, int64_t count, float *total) {
+    for (int64_t j = keys; j < count; j++) w[j] = -INFINITY;
+    f32 most = LOAD(w), sum = {0};
+    for (int64_t j = LANES; j < count; j += LANES) most = max16(most, LOAD(w + j));
+    float largest = most[0];
+    for (int i = 1; i < LANES; i++) largest = fmaxf(largest, most[i]);
+    for (int64_t j = 0; j < count; j += LANES) {
+        f32 weight = exp16(LOAD(w + j) - largest);
+        sum += weight;
+        STORE(w + j, weight);
+    }
+    *total = sum16(sum);
+    return largest;
+}
+
+INLINE void forward(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse, int half) {
+    // rows a little longer than the keys: with 4,096 bytes each, all of them would fall upon the same lines of the cache
+    int64_t d = s->d, all = (s->keys + PAD - 1) / PAD * PAD, n = all + LANES;
+    float scale = 1 / sqrtf(d);
+#pragma omp parallel num_threads(s->threads)
+    {
+        float *kt = malloc((2 * d * n + ROWS * (all + 2 * d)) * sizeof(float));
+        float *vt = kt + d * n, *w = vt + d * n, *query = w + ROWS * all, *out = query + ROWS * d;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < s->batch * s->heads; item++) {
+            int64_t b = item / s->heads, h = item % s->heads;
+            transpose(k, s->k, b, h, s->keys, d, n, half, kt);
+            transpose(v, s->v, b, h, s->keys, d, n, half, vt);
+            for (int64_t first = 0; first < s->queries; first += ROWS) {
+                float total[ROWS], largest[ROWS];
+                rows(q, s->q, b, h, first, s->queries, d, scale, half, query);
+                spread(d, n, all, query, kt, w);
+                for (int r = 0; r < ROWS; r++) largest[r] = weigh(w + r * all, s->keys, all, total + r);
+                memset(out, 0, ROWS * d * sizeof(float));
+                gather(d, n, all, w, vt, out);
+                for (int r = 0; r < ROWS && first + r < s->queries; r++) {
+                    lse[item * s->queries + first + r] = largest[r] + logf(total[r]);
+                    for (int64_t i = 0, at = place(s->y, b, h, first + r); i < d; i++)
+                        put(y, at + i, out[r * d + i] / total[r], half);
+                }
+            }
+        }
+        free(kt);
+    }
+}
+
+// ds = w (dw - sum_j w_j dw_j), the gradient of the scores, in the place of dw; w from the scores in its place.
+// The sum is that of dy y. Behind the keys, and in rows that are not there, the weights are nothing.
+INLINE void through_softmax(float *w, float *dw, int64_t keys, int64_t count, float lse, float sum) {
+    for (int64_t j = keys > 0 ? keys : 0; j < count; j++) w[j] = -INFINITY;
+    for (int64_t j = 0; j < count; j += LANES) {
+        f32 weight = exp16(LOAD(w + j) - lse);
+        STORE(w + j, weight);
+        STORE(dw + j, weight * (LOAD(dw + j) - sum));
+    }
+}
+
+INLINE void backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
+                     const float *lse, char *dq, char *dk, char *dv, int half) {
+    // rows a little longer than the keys: with 4,096 bytes each, all of them would fall upon the same lines of the cache
+    int64_t d = s->d, all = (s->keys + PAD - 1) / PAD * PAD, n = all + LANES;
+    float scale = 1 / sqrtf(d);
+#pragma omp parallel num_threads(s->threads)
+    {
+        float *kt = malloc((4 * d * n + ROWS * (2 * TILE + 4 * d)) * sizeof(float));
+        float *vt = kt + d * n, *dkt = vt + d * n, *dvt = dkt + d * n, *w = dvt + d * n, *ds = w + ROWS * TILE;
+        float *query = ds + ROWS * TILE, *grad = query + ROWS * d, *made = grad + ROWS * d, *out = made + ROWS * d;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < s->batch * s->heads; item++) {
+            int64_t b = item / s->heads, h = item % s->heads;
+            transpose(k, s->k, b, h, s->keys, d, n, half, kt);
+            transpose(v, s->v, b, h, s->keys, d, n, half, vt);
+            memset(dkt, 0, 2 * d * n * sizeof(float));
+            for (int64_t first = 0; first < s->queries; first += ROWS) {
+                rows(q, s->q, b, h, first, s->queries, d, scale, half, query);
+                rows(dy, s->y, b, h, first, s->queries, d, 1, half, grad);
+                rows(y, s->y, b, h, first, s->queries, d, 1, half, made);
+                memset(out, 0, ROWS * d * sizeof(float));
+                for (int64_t j = 0; j < all; j += TILE) {
+                    int64_t count = all - j < TILE ? all - j : TILE;
+                    spread(d, n, count, query, kt + j, w);
+                    spread(d, n, count, grad, vt + j, ds);
+                    for (int64_t r = 0; r < ROWS; r++) {
+                        int there = first + r < s->queries;
+                        float sum = 0;
+                        for (int64_t i = 0; i < d; i++) sum += grad[r * d + i] * made[r * d + i];
+                        through_softmax(w + r * count, ds + r * count, there ? s->keys - j : 0, count,
+                                        there ? lse[item * s->queries + first + r] : 0, sum);
+                    }
+                    gather(d, n, count, ds, kt + j, out);
+                    add(d, n, count, query, ds, dkt + j);  // the query is scaled already
+                    add(d, n, count, grad, w, dvt + j);
+                }
+                for (int64_t r = 0; r < ROWS && first + r < s->queries; r++)
+                    for (int64_t i = 0, at = place(s->q, b, h, first + r); i < d; i++)
+                        put(dq, at + i, scale * out[r * d + i], half);
+            }
+            transpose_back(dkt, dk, s->k, b, h, s->keys, d, n, half);
+            transpose_back(dvt, dv, s->v, b, h, s->keys, d, n, half);
+        }
+        free(kt);
+    }
+}
+
+// q and y (batch, heads, queries, d), k and v (batch, heads, keys, d), bfloat16 if half, else float32; lse (batch,
+// heads, queries), the logarithm of each query's sum of exponentiated scores.
+void attend_narrow(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse) {
+    if (s->half) forward(s, q, k, v, y, lse, 1);
+    else forward(s, q, k, v, y, lse, 0);
+}
+
+// dy has the strides of y, and dq, dk and dv those of q, k and v.
+void attend_narrow_backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
+                            const float *lse, char *dq, char *dk, char *dv) {
+    if (s->half) backward(s, q, k, v, y, dy, lse, dq, dk, dv, 1);
+    else backward(s, q, k, v, y, dy, lse, dq, dk, dv, 0);
+}

@@ -34,6 +34,10 @@ def ship(source: Path, name: str, command: str) -> Path:
     weights = load_tensors(source / "model")
     # a locked base that is shipped itself is left out
     alone = run.config.get("base") == "" and run.config.get("sd_locked", False)
+    base = load_tensors(SHIPPED) if alone else {}
+    for key, value in base.items():
+        if not torch.equal(weights[f"base.{key}"].half(), value.half()):
+            raise SystemExit(f"{key} of its base is not what is shipped in {SHIPPED}: train it again on that")
     own = {key: value for key, value in weights.items() if not (alone and key.startswith("base."))}
     size = sum(value.numel() * min(2, value.element_size()) for value in own.values())
     if size > LARGEST:

@@ -1,5 +1,6 @@
-"""What the computation runs on: device, threads, precision, and how fast the device can go."""
+"""What the computation runs on: device, threads, precision, randomness, and how fast the device can go."""
 
+import hashlib
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -99,6 +100,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A stream of random numbers on the CPU that belongs to these numbers, such as a seed, a step and a purpose.
+
+    PyTorch keeps 32 bits of a seed, so that two purposes cannot be told apart by adding large numbers to it.
+    """
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def synchronize(device: torch.device) -> None:

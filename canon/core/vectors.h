@@ -69,7 +69,8 @@ INLINE f32 max16(f32 a, f32 b) {
 INLINE f32 exp16(f32 x) {
     f32 t = x * 1.442695041f;
 #ifdef __AVX512F__
-    t = (f32)_mm512_min_ps(_mm512_max_ps((__m512)t, _mm512_set1_ps(-126)), _mm512_set1_ps(126));
+    // of two operands of which one is no number, these return the second
+    t = (f32)_mm512_min_ps(_mm512_set1_ps(126), _mm512_max_ps(_mm512_set1_ps(-126), (__m512)t));
 #else
     i32 small = t < -126.0f, large = t > 126.0f;
     t = (f32)(((i32)t & ~small & ~large) | ((i32)((f32){0} - 126) & small) | ((i32)((f32){0} + 126) & large));

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from canon.core.data.images import PictureBatches, Pictures, to_float
 from canon.core.data.shapes import COLOURS, FORMS, Shapes, draw_shapes, oracle, shapes
 from canon.core.data.tokens import TokenBatches
+from canon.core.device import generator
 from canon.core.generation.diffusion_samplers import ddpm, last
 from canon.core.lab import Lab, Measurement, claim
 from canon.core.training.fit import TrainingConfig, fit
@@ -83,9 +84,8 @@ def _draw(
     for start in range(0, len(text), 50):
         some = text[start : start + 50].to(network.conv_in.weight.device)
         denoise = denoiser(network, some, guidance, threshold)
-        generator = torch.Generator().manual_seed(seed + start + 2**35)
         x = noise(len(some), size, seed + start).to(some)
-        made.append(last(ddpm(denoise, x, path(steps), GAMMA, generator)).cpu())
+        made.append(last(ddpm(denoise, x, path(steps), GAMMA, generator(seed + start))).cpu())
     return torch.cat(made).clamp(-1, 1)
 
 

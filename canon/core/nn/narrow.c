@@ -125,16 +125,19 @@ INLINE float weigh(float *w, int64_t keys, int64_t count, float *total) {
     return largest;
 }
 
-INLINE void forward(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse, int half) {
+INLINE int forward(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse, int half) {
     // rows a little longer than the keys: with 4,096 bytes each, all of them would fall upon the same lines of the cache
     int64_t d = s->d, all = (s->keys + PAD - 1) / PAD * PAD, n = all + LANES;
     float scale = 1 / sqrtf(d);
+    int failed = 0;
 #pragma omp parallel num_threads(s->threads)
     {
         float *kt = malloc((2 * d * n + ROWS * (all + 2 * d)) * sizeof(float));
         float *vt = kt + d * n, *w = vt + d * n, *query = w + ROWS * all, *out = query + ROWS * d;
+        if (!kt) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < s->batch * s->heads; item++) {
+            if (!kt) continue;
             int64_t b = item / s->heads, h = item % s->heads;
             transpose(k, s->k, b, h, s->keys, d, n, half, kt);
             transpose(v, s->v, b, h, s->keys, d, n, half, vt);
@@ -154,6 +157,7 @@ INLINE void forward(const Shape *s, const char *q, const char *k, const char *v,
         }
         free(kt);
     }
+    return failed;
 }
 
 // ds = w (dw - sum_j w_j dw_j), the gradient of the scores, in the place of dw; w from the scores in its place.
@@ -167,18 +171,21 @@ INLINE void through_softmax(float *w, float *dw, int64_t keys, int64_t count, fl
     }
 }
 
-INLINE void backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
+INLINE int backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
                      const float *lse, char *dq, char *dk, char *dv, int half) {
     // rows a little longer than the keys: with 4,096 bytes each, all of them would fall upon the same lines of the cache
     int64_t d = s->d, all = (s->keys + PAD - 1) / PAD * PAD, n = all + LANES;
     float scale = 1 / sqrtf(d);
+    int failed = 0;
 #pragma omp parallel num_threads(s->threads)
     {
         float *kt = malloc((4 * d * n + ROWS * (2 * TILE + 4 * d)) * sizeof(float));
         float *vt = kt + d * n, *dkt = vt + d * n, *dvt = dkt + d * n, *w = dvt + d * n, *ds = w + ROWS * TILE;
         float *query = ds + ROWS * TILE, *grad = query + ROWS * d, *made = grad + ROWS * d, *out = made + ROWS * d;
+        if (!kt) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < s->batch * s->heads; item++) {
+            if (!kt) continue;
             int64_t b = item / s->heads, h = item % s->heads;
             transpose(k, s->k, b, h, s->keys, d, n, half, kt);
             transpose(v, s->v, b, h, s->keys, d, n, half, vt);
@@ -212,18 +219,19 @@ INLINE void backward(const Shape *s, const char *q, const char *k, const char *v
         }
         free(kt);
     }
+    return failed;
 }
 
 // q and y (batch, heads, queries, d), k and v (batch, heads, keys, d), bfloat16 if half, else float32; lse (batch,
-// heads, queries), the logarithm of each query's sum of exponentiated scores.
-void attend_narrow(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse) {
-    if (s->half) forward(s, q, k, v, y, lse, 1);
-    else forward(s, q, k, v, y, lse, 0);
+// heads, queries), the logarithm of each query's sum of exponentiated scores. Returns whether there was no memory.
+int attend_narrow(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse) {
+    if (s->half) return forward(s, q, k, v, y, lse, 1);
+    return forward(s, q, k, v, y, lse, 0);
 }
 
 // dy has the strides of y, and dq, dk and dv those of q, k and v.
-void attend_narrow_backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
+int attend_narrow_backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
                             const float *lse, char *dq, char *dk, char *dv) {
-    if (s->half) backward(s, q, k, v, y, dy, lse, dq, dk, dv, 1);
-    else backward(s, q, k, v, y, dy, lse, dq, dk, dv, 0);
+    if (s->half) return backward(s, q, k, v, y, dy, lse, dq, dk, dv, 1);
+    return backward(s, q, k, v, y, dy, lse, dq, dk, dv, 0);
 }

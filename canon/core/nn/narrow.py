@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from canon.core import native
 
@@ -29,15 +30,23 @@ def kernel() -> ctypes.CDLL | None:
     if compiled is not None:
         for function, tensors in ((compiled.attend_narrow, 5), (compiled.attend_narrow_backward, 9)):
             function.argtypes = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * tensors]
-            function.restype = None
+            function.restype = ctypes.c_int
     return compiled
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel can serve these: on a CPU, float32 or bfloat16, and narrow."""
+    """Whether the kernel can serve these: plain tensors on a CPU, float32 or bfloat16, and narrow.
+
+    Where operations are counted or only pretended, which happens beside them, PyTorch's are needed.
+    """
     return (
-        q.device.type == "cpu"
+        type(q) is type(k) is type(v) is Tensor
+        and not is_in_torch_dispatch_mode()
+        and q.device.type == k.device.type == v.device.type == "cpu"
         and q.dtype == k.dtype == v.dtype
+        and k.shape == v.shape
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
         and q.dtype in (torch.float32, torch.bfloat16)
         and 0 < q.shape[3] <= WIDEST
         and min(q.numel(), k.numel()) > 0
@@ -51,15 +60,21 @@ def attend_narrow(
     k: Float[Tensor, "batch heads keys d_head"],
     v: Float[Tensor, "batch heads keys d_head"],
 ) -> Float[Tensor, "batch heads queries d_head"]:
-    """softmax(q k^T / sqrt(d_head)) v; in memory, heads lie beside each other behind each query."""
-    return _Narrow.apply(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)))
+    """softmax(q k^T / sqrt(d_head)) v. It has first gradients only, and neither vmap nor functional transforms."""
+    return _Narrow.apply(*map(_dense, (q, k, v))).transpose(1, 2)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Heads behind each other or side by side, nothing between them, and nothing twice."""
+    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
-        y, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        _call("attend_narrow", (q, k, v, y), q, k, v, y, lse)
+        batch, heads, queries, d = q.shape
+        y, lse = q.new_empty(batch, queries, heads, d), q.new_empty(batch, heads, queries, dtype=torch.float32)
+        _call("attend_narrow", q, k, v, y, lse)
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 
@@ -67,19 +82,13 @@ class _Narrow(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v, y, lse = ctx.saved_tensors
-        dy = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype).copy_(dy) if dy.stride() != y.stride() else dy
         dq, dk, dv = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (q, k, v))
-        _call("attend_narrow_backward", (q, k, v, y), q, k, v, y, dy, lse, dq, dk, dv)
+        _call("attend_narrow_backward", q, k, v, y, dy.contiguous(), lse, dq, dk, dv)
         return dq, dk, dv
 
 
-def _like(q: Tensor) -> Tensor:
-    batch, heads, queries, d = q.shape
-    return q.new_empty(batch, queries, heads, d).transpose(1, 2)
-
-
-def _call(name: str, shaped: tuple[Tensor, ...], *tensors: Tensor) -> None:
-    q, k = shaped[:2]
+def _call(name: str, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *others: Tensor) -> None:
     sizes = (*q.shape[:3], k.shape[2], q.shape[3], q.dtype == torch.bfloat16, torch.get_num_threads())
-    shape = ShapeStruct(*sizes, *((N * 3)(*x.stride()[:3]) for x in shaped))
-    getattr(kernel(), name)(ctypes.byref(shape), *(tensor.data_ptr() for tensor in tensors))
+    shape = ShapeStruct(*sizes, *((N * 3)(*x.stride()[:3]) for x in (q, k, v, y.transpose(1, 2))))
+    if getattr(kernel(), name)(ctypes.byref(shape), *(x.data_ptr() for x in (q, k, v, y, *others))):
+        raise MemoryError(f"no memory to attend to {k.shape[2]:,} keys")

@@ -10,8 +10,8 @@ more than enlarging the U-Nets. Each of the three learns to denoise, and is samp
     eps~ = w eps_theta(z_t, c) + (1 - w) eps_theta(z_t)
 
 Faithful. The text is used twice, pooled by attention into the time embedding and as a sequence to attend to, under
-LayerNorm. Base: a U-Net with attention to pixels and text. Super-resolution: the Efficient U-Net (most blocks at the
-lowest resolution and none at the picture's own, down-sampling before and up-sampling after a block's convolutions, skip
+LayerNorm. Base: a U-Net with attention to pixels and text. Super-resolution: the Efficient U-Net (more blocks at
+lower resolutions and none at the picture's own, down-sampling before and up-sampling after a block's convolutions, skip
 connections scaled by 1/sqrt 2, embeddings that scale and shift); the last stage learns from crops and has no
 self-attention. Noise-conditioning augmentation of a random level that is told, and chosen at sampling. Continuous time,
 cosine schedule, ancestral sampling. A tenth of the captions zeroed. Static and dynamic thresholds, of each sample at

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from canon.core.device import generator
 from canon.core.errors import UserError
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion import Levels, V, cosine
@@ -79,9 +80,9 @@ def path(steps: int) -> Levels:
     return diffusion.path(cosine(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]))
 
 
-def noise(rows: int, size: int, seed: int) -> Float[Tensor, "rows 3 size size"]:
-    """Standard normal noise; row i depends on seed + i alone."""
-    draws = [torch.Generator().manual_seed(seed + i) for i in range(rows)]
+def noise(rows: int, size: int, seed: int, *purpose: int) -> Float[Tensor, "rows 3 size size"]:
+    """Standard normal noise; row i depends on seed + i, the size and the purpose alone."""
+    draws = [generator(seed + i, size, *purpose) for i in range(rows)]
     return torch.stack([torch.randn(3, size, size, generator=draw) for draw in draws])
 
 
@@ -96,9 +97,8 @@ def draw_base(
 ) -> Iterator[State]:
     """The states of the base on its way from noise to a small picture; `last` takes the end of it."""
     x = noise(len(text), model.config.image_size, seed).to(model.base.conv_in.weight.device)
-    generator = torch.Generator().manual_seed(seed + 2**35)  # not what the first row started from
     denoise = denoiser(model.base, text.to(x), guidance, threshold)
-    return ddpm(denoise, x, path(steps), GAMMA, generator)
+    return ddpm(denoise, x, path(steps), GAMMA, generator(seed, model.config.image_size, 1))
 
 
 def enlarge(
@@ -132,11 +132,11 @@ def enlarge(
     low, text = low.to(device), text.to(device, torch.float32)
     level = torch.full((len(low),), float(augmentation), device=device)
     if augmentation > 0:
-        low = augment(low, noise(len(low), low.shape[-1], seed + 2**32).to(low), level)
-    x = noise(len(low), low.shape[-1] * scale, seed + 2**33).to(low)
-    generator = torch.Generator().manual_seed(seed + 2**34)
+        low = augment(low, noise(len(low), low.shape[-1], seed, 2).to(low), level)
+    size = low.shape[-1] * scale
+    x = noise(len(low), size, seed).to(low)
     denoise = denoiser(network, text, SR_GUIDANCE, threshold, low, level)
-    return last(ddpm(denoise, x, path(steps), GAMMA, generator))
+    return last(ddpm(denoise, x, path(steps), GAMMA, generator(seed, size, 1)))
 
 
 def generate(

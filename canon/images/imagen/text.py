@@ -1,6 +1,7 @@
 """The frozen text encoder (section 2.1): a language model that never saw a picture, asked once for each caption."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -159,9 +160,9 @@ def encoded(texts: Iterable[str], source: str) -> Captions:
     """
     distinct = list(dict.fromkeys(texts))
     place = resolve(source)  # another model may lie there tomorrow
-    files = sorted(place.glob("*")) if place.is_dir() else [place]
+    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
     stamps = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    key = hashlib.sha256("\n".join([str(_VERSION), *stamps, *distinct]).encode()).hexdigest()[:20]
+    key = hashlib.sha256(json.dumps([_VERSION, stamps, distinct]).encode()).hexdigest()[:20]
     path = assets.cache_home() / "text" / f"{key}.safetensors"
     with disk_errors(f"text embeddings to {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)

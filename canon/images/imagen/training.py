@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from canon.core.data.images import Augment, PictureBatches, Pictures, load_pictures, sheet
+from canon.core.device import generator
 from canon.core.errors import UserError
 from canon.core.hub.pretrained import load_pretrained, save_description
 from canon.core.hub.tensors import WEIGHTS_FILE, load_tensors
@@ -92,7 +93,7 @@ class CaptionedBatches:
         self.batches, self.captions, self.text_length, self.scale = batches, captions, text_length, scale
 
     def __next__(self) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(self.batches.seed * 1_000_003 + self.batches.position + 2**32)
+        draw = generator(self.batches.seed, self.batches.position)
         batch = next(self.batches)
         batch["text"] = self.captions.rows(batch.pop("tokens")[:, 0], self.text_length)
         if self.scale > 1:

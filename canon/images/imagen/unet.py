@@ -337,7 +337,7 @@ class UBlock(nn.Module):
 class EfficientUNet(nn.Module):
     """Super-resolution: v of a picture from its noisy self, time, text and the small picture (appendices B.1, F).
 
-    No residual block stands at the picture's own resolution, and most stand at the lowest, which alone has attention.
+    No residual block stands at the picture's own resolution, and more at lower ones; the lowest alone attends.
     It is convolutional elsewhere: where pixels do not attend to each other, it learns from crops and draws whole
     pictures.
 

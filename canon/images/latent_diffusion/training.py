@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, open_image, sheet, to_float
 from canon.core.data.tokenizers import BPETokenizer
+from canon.core.device import generator
 from canon.core.errors import UserError
 from canon.core.generation.diffusion_samplers import last
 from canon.core.hub.pretrained import save_description
@@ -68,7 +69,7 @@ class Inpainting:
         self.batches = batches
 
     def __next__(self) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(self.batches.seed * 1_000_003 + self.batches.position + 2**32)
+        draw = generator(self.batches.seed, self.batches.position)
         batch = next(self.batches)
         rows, size = len(batch["images"]), batch["images"].shape[-1]
         corners = torch.rand(2, rows, 2, 1, generator=draw) * (size + 1)

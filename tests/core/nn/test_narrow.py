@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from canon.core import native
 from canon.core.nn import narrow
-from canon.core.nn.unet import attend
+from canon.core.nn.unet import CrossAttention, attend
+from canon.core.training.meter import _CPU_ATTENTION
 
 
 def exactly(q, k, v):
@@ -42,6 +44,34 @@ def test_large_scores_do_not_overflow():
     assert_close(narrow.attend_narrow(300 * q, k, v), exactly((300 * q).double(), k.double(), v.double()).float())
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none(wrong):
+    q, k, v = (torch.randn(1, 1, 20, 4) for _ in range(3))
+    for broken in (q, k, v):
+        kept, broken[0, 0, 3, 1] = broken[0, 0, 3, 1].clone(), wrong
+        expected = exactly(q, k, v).isfinite()
+        assert torch.equal(narrow.attend_narrow(q, k, v).isfinite(), expected)
+        broken[0, 0, 3, 1] = kept
+
+
+def test_heads_that_share_memory_get_their_own_gradients():
+    k, v = (torch.randn(2, 1, 6, 4, requires_grad=True) for _ in range(2))
+    qkv = torch.randn(2, 6, 3, 12, requires_grad=True)  # parts of one matrix, with other things between
+    q = qkv[..., :4].transpose(1, 2)
+    found = narrow.attend_narrow(q, k.expand(2, 3, 6, 4), v.expand(2, 3, 6, 4))
+    expected = exactly(q, k, v)
+    g = torch.randn_like(expected)
+    pairs = zip(*(torch.autograd.grad(y, (qkv, k, v), g) for y in (found, expected)))
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in pairs)
+
+
+def test_operations_are_counted_where_it_is_used():
+    layer, x = CrossAttention(32, 4, 32), torch.randn(1, 64, 32)
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter, torch.no_grad():
+        layer(x, x)
+    assert counter.get_total_flops() == 2 * (4 * 64 * 32 * 32 + 2 * 64 * 64 * 32)
+
+
 def test_a_gradient_of_any_layout():
     q, k, v = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
     summed = torch.autograd.grad(narrow.attend_narrow(q, k, v).sum(), (q, k, v))  # its gradient has strides of 0
@@ -65,6 +95,9 @@ def test_threads_do_not_change_the_bits():
 def test_what_it_does_not_serve_goes_another_way(monkeypatch):
     wide, double, empty = torch.randn(1, 1, 3, 16), torch.randn(1, 1, 3, 4).double(), torch.randn(1, 1, 0, 4)
     assert not any(narrow.applies(x, x, x) for x in (wide, double, empty))
+    few, many = torch.randn(1, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    for q, k, v in ((many, few, few), (few, wide, few), (few, few, wide), (few, few, few[:, :, :2])):
+        assert not narrow.applies(q, k, v)
     x = torch.randn(1, 2, 5, 4)
     found = attend(x, x, x)
     narrow.kernel.cache_clear()

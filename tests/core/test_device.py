@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from canon.core import device
 from canon.core.errors import UserError
@@ -22,6 +23,15 @@ def test_a_containers_quota_counts(quota, threads, monkeypatch):
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda _: quota)
     assert device.usable_cores() == threads
+
+
+def test_streams_are_told_apart_by_every_number():
+    def drawn(*numbers):
+        return tuple(torch.randn(4, generator=device.generator(*numbers)).tolist())
+
+    assert drawn(1, 2) == drawn(1, 2)
+    others = [(1,), (2, 1), (12,), (1, 2, 0), (1, 2 + 2**32), (1 + 2**32, 2), (-1, 2)]
+    assert len({drawn(*numbers) for numbers in [(1, 2), *others]}) == 8
 
 
 def test_no_such_device():

@@ -125,10 +125,7 @@ def test_initialisation_follows_the_paper():
 def test_matrices_decay_and_gains_and_biases_do_not():
     recipe = gpt2.PRESETS["gpt2-124m"].training
     model = gpt2.build(TINY)
-    (optimizer,) = optimizers(
-        model, recipe.optimizer, learning_rate=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps, weight_decay=recipe.weight_decay,
-    )  # fmt: skip
+    (optimizer,) = optimizers(model, recipe)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         vector = name.endswith("bias") or "norm" in name

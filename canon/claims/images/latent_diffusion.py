@@ -174,15 +174,7 @@ def _untrained(config: Config) -> LatentDiffusion:
 def _seconds_a_step(config: Config) -> float:
     """CPU-seconds of a training step, a mean over three."""
     model, stream, start = _untrained(config), batches(config), 0.0
-    t = config.training
-    both = optimizers(
-        model,
-        t.optimizer,
-        learning_rate=t.learning_rate,
-        betas=(t.beta1, t.beta2),
-        eps=t.eps,
-        weight_decay=t.weight_decay,
-    )
+    both = optimizers(model, config.training)
     for step in range(4):
         if step == 1:  # the first warms up
             start = time.process_time()
@@ -208,8 +200,8 @@ def latents_are_cheaper(lab: Lab, sabotage: bool = False) -> Measurement:
     """Shapes of 64 pixels; latents of 16 x 16 by the autoencoder that comes with the repository, and the very same
     U-Net on pixels. Each side takes the steps that fit into 200 CPU-seconds. 100 captions, colour and form read by the
     oracle; `accuracy_decoded` is that of real pictures through the autoencoder, whose own training is not counted: it
-    serves every model after. Sabotage: the side of latents takes no
-    more steps than that of pixels, so that nothing is left of its being cheaper.
+    serves every model after. Sabotage: the side of latents takes no more steps than that of pixels, so that nothing is
+    left of its being cheaper.
     """
     # no attention at full resolution, whose 4,096 pixels would take all of the time; no average over so few steps
     recipe = replace(PRESETS["shapes"].training, ema_decay=0.0, evaluate_every=0, seed=lab.seed)

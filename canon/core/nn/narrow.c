@@ -11,6 +11,8 @@
 #define PAD (2 * LANES)
 #define TILE 256  // keys at a time in the backward pass, whose weights and gradients then stay in the nearest cache
 
+#define APART LANES  // between rows of keys: were they 4,096 bytes long, all would fall upon the same lines of the cache
+
 typedef struct {
     int64_t batch, heads, queries, keys, d, half, threads;
     int64_t q[3], k[3], v[3], y[3];  // strides of batch, head and position, in elements; channels are neighbours
@@ -34,6 +36,8 @@ INLINE void put(char *p, int64_t i, float value, int half) {
 INLINE int64_t place(const int64_t stride[3], int64_t b, int64_t h, int64_t t) {
     return b * stride[0] + h * stride[1] + t * stride[2];
 }
+
+INLINE int64_t padded(int64_t keys) { return (keys + PAD - 1) / PAD * PAD; }
 
 // (keys, d) -> (d, n) with zeros behind the keys
 static void transpose(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t keys, int64_t d,
@@ -126,8 +130,7 @@ INLINE float weigh(float *w, int64_t keys, int64_t count, float *total) {
 }
 
 INLINE int forward(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse, int half) {
-    // rows a little longer than the keys: with 4,096 bytes each, all of them would fall upon the same lines of the cache
-    int64_t d = s->d, all = (s->keys + PAD - 1) / PAD * PAD, n = all + LANES;
+    int64_t d = s->d, all = padded(s->keys), n = all + APART;
     float scale = 1 / sqrtf(d);
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)
@@ -173,8 +176,7 @@ INLINE void through_softmax(float *w, float *dw, int64_t keys, int64_t count, fl
 
 INLINE int backward(const Shape *s, const char *q, const char *k, const char *v, const char *y, const char *dy,
                      const float *lse, char *dq, char *dk, char *dv, int half) {
-    // rows a little longer than the keys: with 4,096 bytes each, all of them would fall upon the same lines of the cache
-    int64_t d = s->d, all = (s->keys + PAD - 1) / PAD * PAD, n = all + LANES;
+    int64_t d = s->d, all = padded(s->keys), n = all + APART;
     float scale = 1 / sqrtf(d);
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)

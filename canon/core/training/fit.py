@@ -158,14 +158,7 @@ def fit(
     wrapped = distributed.distribute(_Loss(model), device, config.parallel)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and config.steps >= 1000):
         wrapped.compile()
-    optims = optimizers(
-        model,
-        config.optimizer,
-        learning_rate=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    optims = optimizers(model, config)
     average = {key: p.detach().clone() for key, p in model.state_dict().items()} if config.ema_decay else {}
     folder = run.path / "checkpoint"
     start = 0

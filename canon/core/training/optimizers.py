@@ -1,13 +1,16 @@
-"""Optimisers and learning-rate schedules by name, built from plain numbers."""
+"""Optimisers and learning-rate schedules by name."""
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from canon.core.training.fit import TrainingConfig
 
 Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt"]
 
@@ -33,15 +36,7 @@ def learning_rate_at(
     return peak * (final_fraction + (1 - final_fraction) * fall)
 
 
-def optimizers(
-    model: nn.Module,
-    name: Literal["adamw", "adam", "muon"],
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> list[Optimizer]:
+def optimizers(model: nn.Module, config: "TrainingConfig") -> list[Optimizer]:
     """The optimisers that together update every trainable parameter once.
 
     - ``adamw`` (Loshchilov and Hutter 2019, arXiv 1711.05101): decoupled decay on matrices; none on gains and biases.
@@ -50,9 +45,9 @@ def optimizers(
       both; embeddings, the first and the last layer, gains and biases stay with AdamW.
     """
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    hidden = _hidden_matrices(model) & set(trainable) if name == "muon" else set()
+    hidden = _hidden_matrices(model) & set(trainable) if config.optimizer == "muon" else set()
     rest = {key: p for key, p in trainable.items() if key not in hidden}
-    decay = 0.0 if name == "adam" else weight_decay
+    decay = 0.0 if config.optimizer == "adam" else config.weight_decay
     groups = [
         {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -61,10 +56,11 @@ def optimizers(
     fused = all(p.device.type in ("cpu", "cuda") for p in rest.values())
     built: list[Optimizer] = []
     if groups:
-        built.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused))
+        betas = (config.beta1, config.beta2)
+        built.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused))
     if hidden:
         matrices = [p for key, p in trainable.items() if key in hidden]
-        built.append(Muon(matrices, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay))
+        built.append(Muon(matrices, lr=config.learning_rate, momentum=config.beta1, weight_decay=config.weight_decay))
     return built
 
 

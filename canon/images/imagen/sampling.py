@@ -96,6 +96,7 @@ def draw_base(
     seed: int = 0,
 ) -> Iterator[State]:
     """The states of the base on its way from noise to a small picture; `last` takes the end of it."""
+    check_sampling(steps, guidance, 0, seed)
     x = noise(len(text), model.config.image_size, seed).to(model.base.conv_in.weight.device)
     denoise = denoiser(model.base, text.to(x), guidance, threshold)
     return ddpm(denoise, x, path(steps), GAMMA, generator(seed, model.config.image_size, 1))

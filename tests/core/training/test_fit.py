@@ -226,7 +226,7 @@ def test_schedules(schedule):
 
 def test_muon_leaves_embeddings_head_and_vectors_to_adamw():
     model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
-    adamw, muon = optimizers(model, "muon", learning_rate=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.1)
+    adamw, muon = optimizers(model, TrainingConfig(optimizer="muon", learning_rate=1.0, weight_decay=0.1))
     assert [p for group in muon.param_groups for p in group["params"]] == [model["inner"].weight]
     assert sum(len(group["params"]) for group in adamw.param_groups) == 4
     before = model["inner"].weight.detach().clone()

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from canon.core.training.fit import TrainingConfig
 from canon.core.training.optimizers import Muon, optimizers
 
 
@@ -33,7 +34,7 @@ def test_muon_gets_hidden_matrices_and_kernels_alone():
             "head": nn.Linear(32, 10),
         }
     )
-    adamw, muon = optimizers(model, "muon", learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    adamw, muon = optimizers(model, TrainingConfig(optimizer="muon"))
     assert isinstance(muon, Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}

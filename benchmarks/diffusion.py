@@ -1,6 +1,6 @@
 """How fast the U-Net of latent diffusion runs, learns and draws: ours against diffusers, on the same weights.
 
-    python -m benchmarks diffusion [--rounds 5] [--threads 2] [--json]
+    python -m benchmarks.diffusion [--rounds 7] [--threads 2] [--json]
 
 Two shapes: Stable Diffusion v1 at an eighth of its width (40 channels, 32 x 32 latents, 77 tokens, batch 4), and the
 laptop's (64 and 128 channels, which diffusers can express where the preset's 64 and 96 on 32 cannot; 8 x 8 latents,
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion_samplers import dpm_solver, last
 from canon.core.lab.environment import machine
+from canon.core.nn.unet import Read
 from canon.images.latent_diffusion.unet import UNet
 from canon.images.latent_diffusion.weights import load_unet
 
@@ -123,10 +124,11 @@ def sampling(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callable[[]
 
     def canon() -> None:
         def guided(z_t: Tensor, t: Tensor) -> Tensor:
-            conditional, unconditional = run(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
+            conditional, unconditional = model(torch.cat([z_t, z_t]), torch.cat([t, t]), text).chunk(2)
             return diffusion.guide(conditional, unconditional, 7.5)
 
         with torch.inference_mode(), precision(dtype):
+            text = Read(model, both)
             last(dpm_solver(diffusion.denoiser(guided, diffusion.EPS), z, way))
 
     def diffusers() -> None:
@@ -213,7 +215,7 @@ def measure(rounds: int, threads: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Print the table, or one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

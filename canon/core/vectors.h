@@ -20,6 +20,10 @@ typedef uint16_t u16_any __attribute__((vector_size(32), aligned(2), may_alias))
 #define LOAD(p) (*(const f32_any *)(p))
 #define STORE(p, v) (*(f32_any *)(p) = (v))
 
+// Where the vector of 16 from i on begins: earlier where it would reach beyond the end, so that there are no loose ends.
+// What is then computed twice is the same both times.
+INLINE int64_t whole(int64_t i, int64_t count) { return i + LANES <= count ? i : count - LANES; }
+
 INLINE u32 widen(u16 v) {
 #ifdef __AVX512F__
     return (u32)_mm512_cvtepu16_epi32((__m256i)v);
@@ -55,12 +59,32 @@ INLINE float sum16(f32 v) {
 #endif
 }
 
+INLINE float most16(f32 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = fmaxf(most, v[i]);
+    return most;
+#endif
+}
+
 INLINE f32 max16(f32 a, f32 b) {
 #ifdef __AVX512F__
     return (f32)_mm512_max_ps((__m512)a, (__m512)b);
 #else
     i32 larger = a > b;
     return (f32)(((i32)a & larger) | ((i32)b & ~larger));
+#endif
+}
+
+// 1 / x, relative error below 2e-7
+INLINE f32 inverse(f32 x) {
+#ifdef __AVX512F__
+    f32 y = (f32)_mm512_rcp14_ps((__m512)x);
+    return y * (2 - x * y);  // Newton's step
+#else
+    return 1 / x;
 #endif
 }
 

@@ -8,7 +8,6 @@
 #include "../vectors.h"
 
 #define ROWS 4
-#define PAD (2 * LANES)
 #define TILE 256  // keys at a time in the backward pass, whose weights and gradients then stay in the nearest cache
 
 #define APART LANES  // between rows of keys: were they 4,096 bytes long, all would fall upon the same lines of the cache
@@ -37,37 +36,59 @@ INLINE int64_t place(const int64_t stride[3], int64_t b, int64_t h, int64_t t) {
     return b * stride[0] + h * stride[1] + t * stride[2];
 }
 
-INLINE int64_t padded(int64_t keys) { return (keys + PAD - 1) / PAD * PAD; }
+INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// d neighbours, times `scale`
+INLINE void copy(const char *from, int64_t at, int64_t d, float scale, int half, float *to) {
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) STORE(to + i, scale * load(from, at + i, half));
+    for (; i < d; i++) to[i] = scale * element(from, at + i, half);
+}
+
+INLINE void paste(const float *from, int64_t d, float scale, char *to, int64_t at, int half) {
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) store(to, at + i, scale * LOAD(from + i), half);
+    for (; i < d; i++) put(to, at + i, scale * from[i], half);
+}
+
+// (keys, d) -> (padded keys, padded d) with zeros behind both
+INLINE void copy_all(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t keys, int64_t d, int half,
+                     float *to) {
+    int64_t width = padded(d);
+    memset(to, 0, padded(keys) * width * sizeof(float));
+    for (int64_t t = 0; t < keys; t++) copy(from, place(stride, b, h, t), d, 1, half, to + t * width);
+}
 
 // (keys, d) -> (d, n) with zeros behind the keys
-static void transpose(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t keys, int64_t d,
+INLINE void transpose(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t keys, int64_t d,
                       int64_t n, int half, float *to) {
     memset(to, 0, d * n * sizeof(float));
     for (int64_t t = 0; t < keys; t++)
         for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) to[i * n + t] = element(from, at + i, half);
 }
 
-static void transpose_back(const float *from, char *to, const int64_t stride[3], int64_t b, int64_t h, int64_t keys,
+INLINE void transpose_back(const float *from, char *to, const int64_t stride[3], int64_t b, int64_t h, int64_t keys,
                            int64_t d, int64_t n, int half) {
     for (int64_t t = 0; t < keys; t++)
         for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) put(to, at + i, from[i * n + t], half);
 }
 
 // Four rows from `first` on, times `scale`; behind the last one the last again.
-static void rows(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t first, int64_t count,
+INLINE void rows(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t first, int64_t count,
                  int64_t d, float scale, int half, float *to) {
     for (int64_t r = 0; r < ROWS; r++) {
         int64_t t = first + r < count ? first + r : count - 1;
-        for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) to[r * d + i] = scale * element(from, at + i, half);
+        copy(from, place(stride, b, h, t), d, scale, half, to + r * d);
     }
 }
 
 // out (ROWS, count) <- a (ROWS, d) m (d, count), of whose rows each has n elements
 static void spread(int64_t d, int64_t n, int64_t count, const float *a, const float *m, float *out) {
-    for (int64_t j = 0; j < count; j += PAD) {
+    for (int64_t j = 0; j < count; j += 2 * LANES) {
+        int64_t next = j + LANES < count ? j + LANES : j;  // the last vector may be alone, and is then done twice
         f32 sum[ROWS][2] = {{{0}}};
         for (int64_t i = 0; i < d; i++) {
-            f32 left = LOAD(m + i * n + j), right = LOAD(m + i * n + j + LANES);
+            f32 left = LOAD(m + i * n + j), right = LOAD(m + i * n + next);
             for (int r = 0; r < ROWS; r++) {
                 sum[r][0] += a[r * d + i] * left;
                 sum[r][1] += a[r * d + i] * right;
@@ -75,7 +96,24 @@ static void spread(int64_t d, int64_t n, int64_t count, const float *a, const fl
         }
         for (int r = 0; r < ROWS; r++) {
             STORE(out + r * count + j, sum[r][0]);
-            STORE(out + r * count + j + LANES, sum[r][1]);
+            STORE(out + r * count + next, sum[r][1]);
+        }
+    }
+}
+
+// out (ROWS, d) += a (ROWS, count) m (count, padded d), for heads that fill vectors
+static void combine(int64_t d, int64_t count, const float *a, const float *m, float *out) {
+    int64_t width = padded(d);
+    for (int64_t i = 0; i < width; i += LANES) {
+        f32 sum[ROWS] = {{0}};
+        for (int64_t j = 0; j < count; j++) {
+            f32 row = LOAD(m + j * width + i);
+            for (int r = 0; r < ROWS; r++) sum[r] += a[r * count + j] * row;
+        }
+        for (int r = 0; r < ROWS; r++) {
+            float *to = out + r * d + i;
+            if (i + LANES <= d) STORE(to, LOAD(to) + sum[r]);
+            else for (int64_t k = 0; i + k < d; k++) to[k] += sum[r][k];
         }
     }
 }
@@ -118,8 +156,7 @@ INLINE float weigh(float *w, int64_t keys, int64_t count, float *total) {
     for (int64_t j = keys; j < count; j++) w[j] = -INFINITY;
     f32 most = LOAD(w), sum = {0};
     for (int64_t j = LANES; j < count; j += LANES) most = max16(most, LOAD(w + j));
-    float largest = most[0];
-    for (int i = 1; i < LANES; i++) largest = fmaxf(largest, most[i]);
+    float largest = most16(most);
     for (int64_t j = 0; j < count; j += LANES) {
         f32 weight = exp16(LOAD(w + j) - largest);
         sum += weight;
@@ -132,29 +169,31 @@ INLINE float weigh(float *w, int64_t keys, int64_t count, float *total) {
 INLINE int forward(const Shape *s, const char *q, const char *k, const char *v, char *y, float *lse, int half) {
     int64_t d = s->d, all = padded(s->keys), n = all + APART;
     float scale = 1 / sqrtf(d);
-    int failed = 0;
+    int failed = 0, wide = d >= LANES;
+    int64_t values = wide ? all * padded(d) : d * n;
 #pragma omp parallel num_threads(s->threads)
     {
-        float *kt = malloc((2 * d * n + ROWS * (all + 2 * d)) * sizeof(float));
-        float *vt = kt + d * n, *w = vt + d * n, *query = w + ROWS * all, *out = query + ROWS * d;
+        float *kt = malloc((d * n + values + ROWS * (all + 2 * d)) * sizeof(float));
+        float *vt = kt + d * n, *w = vt + values, *query = w + ROWS * all, *out = query + ROWS * d;
         if (!kt) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < s->batch * s->heads; item++) {
             if (!kt) continue;
             int64_t b = item / s->heads, h = item % s->heads;
             transpose(k, s->k, b, h, s->keys, d, n, half, kt);
-            transpose(v, s->v, b, h, s->keys, d, n, half, vt);
+            if (wide) copy_all(v, s->v, b, h, s->keys, d, half, vt);
+            else transpose(v, s->v, b, h, s->keys, d, n, half, vt);
             for (int64_t first = 0; first < s->queries; first += ROWS) {
                 float total[ROWS], largest[ROWS];
                 rows(q, s->q, b, h, first, s->queries, d, scale, half, query);
                 spread(d, n, all, query, kt, w);
                 for (int r = 0; r < ROWS; r++) largest[r] = weigh(w + r * all, s->keys, all, total + r);
                 memset(out, 0, ROWS * d * sizeof(float));
-                gather(d, n, all, w, vt, out);
+                if (wide) combine(d, all, w, vt, out);
+                else gather(d, n, all, w, vt, out);
                 for (int r = 0; r < ROWS && first + r < s->queries; r++) {
                     lse[item * s->queries + first + r] = largest[r] + logf(total[r]);
-                    for (int64_t i = 0, at = place(s->y, b, h, first + r); i < d; i++)
-                        put(y, at + i, out[r * d + i] / total[r], half);
+                    paste(out + r * d, d, 1 / total[r], y, place(s->y, b, h, first + r), half);
                 }
             }
         }
@@ -178,12 +217,12 @@ INLINE int backward(const Shape *s, const char *q, const char *k, const char *v,
                      const float *lse, char *dq, char *dk, char *dv, int half) {
     int64_t d = s->d, all = padded(s->keys), n = all + APART;
     float scale = 1 / sqrtf(d);
-    int failed = 0;
+    int failed = 0, wide = d >= LANES;
 #pragma omp parallel num_threads(s->threads)
     {
-        float *kt = malloc((4 * d * n + ROWS * (2 * TILE + 4 * d)) * sizeof(float));
+        float *kt = malloc((4 * d * n + ROWS * (2 * TILE + 4 * d) + wide * all * padded(d)) * sizeof(float));
         float *vt = kt + d * n, *dkt = vt + d * n, *dvt = dkt + d * n, *w = dvt + d * n, *ds = w + ROWS * TILE;
-        float *query = ds + ROWS * TILE, *grad = query + ROWS * d, *made = grad + ROWS * d, *out = made + ROWS * d;
+        float *query = ds + ROWS * TILE, *grad = query + ROWS * d, *made = grad + ROWS * d, *out = made + ROWS * d, *keys = out + ROWS * d;
         if (!kt) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < s->batch * s->heads; item++) {
@@ -191,6 +230,7 @@ INLINE int backward(const Shape *s, const char *q, const char *k, const char *v,
             int64_t b = item / s->heads, h = item % s->heads;
             transpose(k, s->k, b, h, s->keys, d, n, half, kt);
             transpose(v, s->v, b, h, s->keys, d, n, half, vt);
+            if (wide) copy_all(k, s->k, b, h, s->keys, d, half, keys);
             memset(dkt, 0, 2 * d * n * sizeof(float));
             for (int64_t first = 0; first < s->queries; first += ROWS) {
                 rows(q, s->q, b, h, first, s->queries, d, scale, half, query);
@@ -208,13 +248,13 @@ INLINE int backward(const Shape *s, const char *q, const char *k, const char *v,
                         through_softmax(w + r * count, ds + r * count, there ? s->keys - j : 0, count,
                                         there ? lse[item * s->queries + first + r] : 0, sum);
                     }
-                    gather(d, n, count, ds, kt + j, out);
+                    if (wide) combine(d, count, ds, keys + j * padded(d), out);
+                    else gather(d, n, count, ds, kt + j, out);
                     add(d, n, count, query, ds, dkt + j);  // the query is scaled already
                     add(d, n, count, grad, w, dvt + j);
                 }
                 for (int64_t r = 0; r < ROWS && first + r < s->queries; r++)
-                    for (int64_t i = 0, at = place(s->q, b, h, first + r); i < d; i++)
-                        put(dq, at + i, scale * out[r * d + i], half);
+                    paste(out + r * d, d, scale, dq, place(s->q, b, h, first + r), half);
             }
             transpose_back(dkt, dk, s->k, b, h, s->keys, d, n, half);
             transpose_back(dvt, dv, s->v, b, h, s->keys, d, n, half);

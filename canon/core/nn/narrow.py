@@ -14,7 +14,9 @@ from canon.core import native
 N = ctypes.c_int64
 FIELDS = ("batch", "heads", "queries", "keys", "d", "half", "threads")
 WIDEST = 15
-"""Channels of a head; from 16 on, matrix products are as fast."""
+"""Channels of a head; from 16 on, matrix products are as fast, unless PyTorch makes too much of small ones."""
+SMALL = 1024
+"""Numbers in a head's keys; with more of them, matrix products in bfloat16 are as fast."""
 
 
 class ShapeStruct(ctypes.Structure):
@@ -48,7 +50,7 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[:2] == k.shape[:2]
         and q.shape[3] == k.shape[3]
         and q.dtype in (torch.float32, torch.bfloat16)
-        and 0 < q.shape[3] <= WIDEST
+        and (0 < q.shape[3] <= WIDEST or (q.dtype == torch.bfloat16 and k.shape[2] * k.shape[3] <= SMALL))
         and min(q.numel(), k.numel()) > 0
         and not torch.compiler.is_compiling()
         and kernel() is not None

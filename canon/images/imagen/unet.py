@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion import V, add_noise, cosine
+from canon.core.nn.group_norm import GroupNorm, channels_last
 from canon.core.nn.unet import CrossAttention, Downsample, ResBlock, Upsample, attend, timestep_embedding, zero
 
 SKIP_SCALE = 1 / math.sqrt(2)
@@ -100,7 +101,7 @@ class TextAttention(nn.Module):
 
     def __init__(self, channels: int, n_heads: int, d_context: int, groups: int, self_attention: bool = True):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels)
         self.self_attention = CrossAttention(channels, n_heads, channels) if self_attention else None
         self.cross_norm = nn.LayerNorm(channels)
         self.cross_attention = CrossAttention(channels, n_heads, d_context)
@@ -111,13 +112,12 @@ class TextAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels height width"], context: Float[Tensor, "batch time d_context"]
     ) -> Float[Tensor, "batch channels height width"]:
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        pixels = rearrange(x, "b c h w -> b (h w) c")
+        h, pixels = self.norm(x).flatten(2).mT, x.flatten(2).mT
         if self.self_attention is not None:
             pixels = pixels + self.self_attention(h, h)
             h = pixels
         pixels = pixels + self.cross_attention(self.cross_norm(h), context)
-        return rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2])
+        return pixels.mT.unflatten(2, x.shape[2:])
 
 
 def groups_of(channels: int) -> int:
@@ -201,7 +201,7 @@ class UNet(nn.Module):
                 width = widths[level]
             if level:
                 self.up.append(Upsample(width))
-        self.norm_out = nn.GroupNorm(groups, width)
+        self.norm_out = GroupNorm(groups, width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
         quiet(self)
 
@@ -214,7 +214,7 @@ class UNet(nn.Module):
         """v of x at time t in [0, 1]; height and width are multiples of 2^(levels - 1)."""
         emb, context = self.conditioning(t, text)
         emb = F.silu(emb)
-        x = self.conv_in(x)
+        x = self.conv_in(channels_last(x))
         skips = [x]
         for layer in self.down:
             x = layer(x, emb, context) if isinstance(layer, Block) else layer(x)
@@ -223,7 +223,7 @@ class UNet(nn.Module):
             x = layer(x, emb, context)
         for layer in self.up:
             x = layer(torch.cat([x, skips.pop()], 1), emb, context) if isinstance(layer, Block) else layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, silu=True))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean squared error of v.
@@ -381,7 +381,7 @@ class EfficientUNet(nn.Module):
             width = widths[level]
             both = width if level == lowest else 2 * width
             self.up.append(UBlock(both, width, above[level], blocks[level], d_emb, groups, attention(level)))
-        self.norm_out = nn.GroupNorm(groups, channels)
+        self.norm_out = GroupNorm(groups, channels)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
         quiet(self)
 
@@ -405,7 +405,7 @@ class EfficientUNet(nn.Module):
         emb, context = self.conditioning(t, text)
         emb = F.silu(emb + self.augmentation(level))
         low = F.interpolate(low, size=x.shape[2:], mode="bilinear", align_corners=False)
-        x = self.conv_in(torch.cat([x, low], dim=1))
+        x = self.conv_in(channels_last(torch.cat([x, low], dim=1)))
         skips = []
         for block in self.down:
             x = block(x, emb, context)
@@ -416,7 +416,7 @@ class EfficientUNet(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         # v = alpha eps - sigma x: what the small picture says of x need not be learned
         sigma = cosine(t).sigma.to(low)[:, None, None, None]
-        return self.conv_out(F.silu(self.norm_out(x))) - sigma * low
+        return self.conv_out(self.norm_out(x, silu=True)) - sigma * low
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean squared error of v (Eq. 1), given the small picture under noise of a random level (figure A.32).

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from canon.core.nn.group_norm import GroupNorm, channels_last
 from canon.core.nn.quantizers import VectorQuantizer
 from canon.core.nn.unet import PixelAttention, ResBlock, Upsample
 
@@ -103,16 +104,16 @@ class Encoder(nn.Module):
             down = Downsample(width) if level < len(widths) - 1 else None
             self.down.append(Level(before, width, res_blocks, level in attention, down, groups))
         self.middle = middle(widths[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(
         self, x: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels latent_height latent_width"]:
-        x = self.conv_in(x)
+        x = self.conv_in(channels_last(x))
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        return self.conv_out(self.norm_out(self.middle(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -149,17 +150,17 @@ class Decoder(nn.Module):
         for level, before in reversed(list(enumerate([*widths[1:], widths[-1]]))):
             up = Upsample(widths[level]) if level else None
             self.up.append(Level(before, widths[level], res_blocks + 1, level in attention, up, groups))
-        self.norm_out = nn.GroupNorm(groups, channels * multipliers[0], EPS)
+        self.norm_out = GroupNorm(groups, channels * multipliers[0], EPS)
         self.conv_out = nn.Conv2d(channels * multipliers[0], out_channels, 3, padding=1)
 
     def features(
         self, z: Float[Tensor, "batch in_channels latent_height latent_width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """What the last convolution reads."""
-        x = self.middle(self.conv_in(z))
+        x = self.middle(self.conv_in(channels_last(z)))
         for level in self.up:
             x = level(x)
-        return F.silu(self.norm_out(x))
+        return self.norm_out(x, silu=True)
 
     def forward(
         self, z: Float[Tensor, "batch in_channels latent_height latent_width"]

@@ -12,6 +12,7 @@ from canon.core.errors import UserError
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion import Levels
 from canon.core.generation.diffusion_samplers import Denoiser, State, ddim, ddpm, dpm_solver, heun, plms, reinject
+from canon.core.nn.unet import Read
 from canon.images.clip.tokenizer import tokenize
 from canon.images.latent_diffusion.model import LatentDiffusion
 
@@ -41,11 +42,12 @@ def denoiser(
     condition: Float[Tensor, "prompts channels h w"] | None = None,
 ) -> Denoiser:
     """The predicted latents of noisy ones, one row a prompt, with classifier-free guidance."""
-    context = model.text(captions(model, tokenizer, [*prompts, *[""] * len(prompts)]))
+    without = [] if guidance == 1 else [""] * len(prompts)
+    context = Read(model.unet, model.text(captions(model, tokenizer, [*prompts, *without])))
 
     def guided(z_t: Tensor, t: Tensor) -> Tensor:
         if guidance == 1:
-            return model(z_t, t, context[: len(prompts)], condition)
+            return model(z_t, t, context, condition)
         twice = None if condition is None else torch.cat([condition, condition])
         conditional, unconditional = model(torch.cat([z_t, z_t]), torch.cat([t, t]), context, twice).chunk(2)
         return diffusion.guide(conditional, unconditional, guidance)

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from canon.core.nn.unet import Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding, zero
+from canon.core.nn.group_norm import GroupNorm, channels_last
+from canon.core.nn.layers import Linear
+from canon.core.nn.unet import (
+    Context,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    Upsample,
+    timestep_embedding,
+    zero,
+)
 
 
 class Stage(nn.Module):
@@ -32,7 +42,7 @@ class Stage(nn.Module):
         self,
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch d_emb"],
-        context: Float[Tensor, "batch time d_context"],
+        context: Context,
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
         if self.res is not None:
             x = self.res(x, emb)
@@ -54,7 +64,7 @@ class Middle(nn.Module):
         self,
         x: Float[Tensor, "batch channels height width"],
         emb: Float[Tensor, "batch d_emb"],
-        context: Float[Tensor, "batch time d_context"],
+        context: Context,
     ) -> Float[Tensor, "batch channels height width"]:
         return self.res2(self.attention(self.res1(x, emb), context), emb)
 
@@ -100,7 +110,7 @@ class UNet(nn.Module):
                 return None
             return SpatialTransformer(widths[level], heads[level], d_context, groups=groups)
 
-        self.time1, self.time2 = nn.Linear(channels, d_emb), nn.Linear(d_emb, d_emb)
+        self.time1, self.time2 = Linear(channels, d_emb), Linear(d_emb, d_emb)
 
         width = channels
         self.down = nn.ModuleList([Stage(resample=nn.Conv2d(in_channels, channels, 3, padding=1))])
@@ -124,7 +134,7 @@ class UNet(nn.Module):
                 up = Upsample(width) if level and block == res_blocks else None
                 self.up.append(Stage(res, transformer(level), up))
 
-        self.norm_out = nn.GroupNorm(groups, width)
+        self.norm_out = GroupNorm(groups, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         for module in self.modules():
             if isinstance(module, ResBlock):
@@ -140,10 +150,10 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch d_emb"],
-        context: Float[Tensor, "batch time d_context"],
+        context: Context,
     ) -> tuple[list[Tensor], Tensor]:
         """The way down and the middle: what each stage of ``down`` made, and what the middle made of the last."""
-        skips = []
+        skips, x = [], channels_last(x)
         for stage in self.down:
             x = stage(x, emb, context)
             skips.append(x)
@@ -154,18 +164,18 @@ class UNet(nn.Module):
         x: Float[Tensor, "batch channels height width"],
         skips: Sequence[Tensor],
         emb: Float[Tensor, "batch d_emb"],
-        context: Float[Tensor, "batch time d_context"],
+        context: Context,
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """The way up: each stage of ``up`` also sees the skip of the opposite stage."""
         for stage, skip in zip(self.up, reversed(skips)):
             x = stage(torch.cat([x, skip], dim=1), emb, context)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, silu=True))
 
     def forward(
         self,
         x: Float[Tensor, "batch in_channels height width"],
         t: Num[Tensor, " batch"],
-        context: Float[Tensor, "batch time d_context"],
+        context: Context,
         control: Sequence[Tensor] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         """The prediction.
@@ -173,7 +183,7 @@ class UNet(nn.Module):
         Args:
             x: noisy latent; height and width are multiples of 2^(levels - 1).
             t: what the network is told of the noise, 0 to 999 in a discrete schedule.
-            context: the encoded text tau(y).
+            context: the encoded text tau(y), or what was `Read` of it.
             control: added to the skips and, the last of them, to the middle's output (ControlNet).
         """
         emb = self.embed(t)

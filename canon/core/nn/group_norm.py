@@ -1,0 +1,117 @@
+"""GroupNorm and SiLU on a processor, for maps whose channels are neighbours in memory (`group_norm.c`)."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from canon.core import native
+
+FIELDS = ("batch", "pixels", "channels", "groups", "half", "silu", "each", "threads")
+FEWEST_CHANNELS = 16  # of a vector
+
+
+class ShapeStruct(ctypes.Structure):
+    """`Shape` of group_norm.c."""
+
+    _fields_ = (*((name, ctypes.c_int64) for name in FIELDS), ("eps", ctypes.c_double))
+
+
+@cache
+def kernel() -> ctypes.CDLL | None:
+    """The compiled group_norm.c; None where there is no C compiler."""
+    compiled = native.load_c(Path(__file__).with_name("group_norm.c"))
+    if compiled is not None:
+        for function, tensors in ((compiled.group_norm, 6), (compiled.group_norm_backward, 10)):
+            function.argtypes = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * tensors]
+            function.restype = None
+    return compiled
+
+
+def channels_last(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+    """The same map, its channels neighbours in memory where that is faster: on a processor that has the kernel."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and kernel() is not None else x
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, and what often follows it."""
+
+    def forward(
+        self,
+        input: Float[Tensor, "batch channels height width"],
+        scale: Float[Tensor, "batch channels"] | None = None,
+        shift: Float[Tensor, "batch channels"] | None = None,
+        silu: bool = False,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """GroupNorm(x) (1 + scale) + shift (Wu and He 2018, Eq. 7), and SiLU of that if asked for.
+
+        It has first gradients only where the map's channels are neighbours in memory.
+        """
+        if not self._applies(input):
+            h = super().forward(input)
+            if scale is not None and shift is not None:
+                h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+            return F.silu(h) if silu else h
+        gain, bias = self.weight.float(), self.bias.float()
+        if scale is not None and shift is not None:
+            more = 1 + scale.float()
+            gain, bias = gain * more, bias * more + shift.float()
+        given = (input, gain, bias, self.num_groups, self.eps, silu)
+        if torch.is_grad_enabled() and (input.requires_grad or gain.requires_grad or bias.requires_grad):
+            return _GroupNorm.apply(*given)
+        return _forward(*given)[0]
+
+    def _applies(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.dim() == 4
+            and x.shape[1] >= FEWEST_CHANNELS
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and x.numel() > 0
+            and not is_in_torch_dispatch_mode()
+            and not torch.compiler.is_compiling()
+            and kernel() is not None
+        )
+
+
+def _forward(
+    x: Tensor, gain: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, ShapeStruct]:
+    batch, channels, height, width = x.shape
+    sizes = (batch, height * width, channels, groups, x.dtype == torch.bfloat16, silu, gain.dim() == 2)
+    shape = ShapeStruct(*sizes, torch.get_num_threads(), eps)
+    mean, rstd = torch.empty(batch, channels), torch.empty(batch, channels)
+    y = torch.empty_like(x)
+    _call("group_norm", shape, x, gain, bias, y, mean, rstd)
+    return y, mean, rstd, shape
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, bias, groups, eps, silu):
+        y, mean, rstd, ctx.shape = _forward(x, gain, bias, groups, eps, silu)
+        ctx.save_for_backward(x, gain, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, gain, bias, mean, rstd = ctx.saved_tensors
+        dx, dgain, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        means = mean.new_empty(2, *mean.shape)
+        _call("group_norm_backward", ctx.shape, x, gain, bias, mean, rstd, dy, dx, dgain, dbias, means)
+        if gain.dim() == 1:
+            dgain, dbias = dgain.sum(0), dbias.sum(0)
+        return dx, dgain, dbias, None, None, None
+
+
+def _call(name: str, shape: ShapeStruct, *tensors: Tensor) -> None:
+    getattr(kernel(), name)(ctypes.byref(shape), *(x.data_ptr() for x in tensors))

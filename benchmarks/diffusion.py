@@ -1,6 +1,6 @@
 """How fast the U-Net of latent diffusion runs, learns and draws: ours against diffusers, on the same weights.
 
-    python -m benchmarks.diffusion [--rounds 7] [--threads 2] [--json]
+    python -m benchmarks diffusion, or python -m benchmarks.diffusion [--rounds 7] [--threads 2] [--json]
 
 Two shapes: Stable Diffusion v1 at an eighth of its width (40 channels, 32 x 32 latents, 77 tokens, batch 4), and the
 laptop's (64 and 128 channels, which diffusers can express where the preset's 64 and 96 on 32 cannot; 8 x 8 latents,
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion_samplers import dpm_solver, last
 from canon.core.lab.environment import machine
-from canon.core.nn.unet import Read
+from canon.core.nn.layers import Prepared, prepared_weights
 from canon.images.latent_diffusion.unet import UNet
 from canon.images.latent_diffusion.weights import load_unet
 
@@ -101,11 +101,11 @@ def training_step(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callab
 
 
 def forward(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callable[[], None]:
-    """A prediction."""
-    arguments, run = inputs(shape, shape["batch"]), predict(model)
+    """A prediction, as one of those of a sampler."""
+    arguments, run, kept = inputs(shape, shape["batch"]), predict(model), Prepared()
 
     def step() -> None:
-        with torch.inference_mode(), precision(dtype):
+        with torch.inference_mode(), precision(dtype), prepared_weights(kept):
             run(*arguments)
 
     return step
@@ -124,11 +124,10 @@ def sampling(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callable[[]
 
     def canon() -> None:
         def guided(z_t: Tensor, t: Tensor) -> Tensor:
-            conditional, unconditional = model(torch.cat([z_t, z_t]), torch.cat([t, t]), text).chunk(2)
+            conditional, unconditional = run(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
             return diffusion.guide(conditional, unconditional, 7.5)
 
         with torch.inference_mode(), precision(dtype):
-            text = Read(model, both)
             last(dpm_solver(diffusion.denoiser(guided, diffusion.EPS), z, way))
 
     def diffusers() -> None:

@@ -16,12 +16,31 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401  (its OpenMP runtime must be loaded first)
+import torch  # its OpenMP runtime must be loaded first
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from canon.core.data.assets import cache_home
 
+FUNCTORCH = vars(torch._C)["_functorch"]  # of vmap and functional transforms; type checkers do not know it
+
 # The first set of flags that the compiler accepts is used: this processor's instructions, threads.
 FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether kernels of ours may compute with these: plain tensors on the CPU, and nothing watches what is computed.
+
+    Compilers, counters of operations, tensors that only pretend, vmap and functional transforms, and derivatives in
+    forward mode see PyTorch's operations alone.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu for x in tensors)
+        and not is_in_torch_dispatch_mode()
+        and FUNCTORCH.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
 
 @cache

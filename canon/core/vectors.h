@@ -78,7 +78,7 @@ INLINE f32 max16(f32 a, f32 b) {
 #endif
 }
 
-// 1 / x, relative error below 2e-7
+// 1 / x of a normal number, relative error below 2e-7
 INLINE f32 inverse(f32 x) {
 #ifdef __AVX512F__
     f32 y = (f32)_mm512_rcp14_ps((__m512)x);

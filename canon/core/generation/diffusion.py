@@ -22,6 +22,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from canon.core.errors import UserError
+from canon.core.nn.layers import Prepared, prepared_weights
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """From x_t (batch, ...) and t (batch,) to a prediction shaped like x_t."""
@@ -349,15 +350,20 @@ def denoiser(
 ) -> Callable[[Tensor, Levels], Tensor]:
     """What samplers ask for: the predicted x of x_t at one level, without gradients. They take eps from it.
 
+    As long as it is used, the weights of the model stay as they are: they are prepared once.
+
     Args:
         model: gets t in float32 (float64 where x_t is).
         predicts: what the model was trained to predict.
         threshold: of the predicted x.
     """
+    kept = Prepared()
 
     @torch.no_grad()
     def denoise(x_t: Tensor, level: Levels) -> Tensor:
-        return threshold(predicts.x0(x_t, model(x_t, _times(level, x_t)).to(x_t.dtype), level))
+        with prepared_weights(kept):
+            predicted = model(x_t, _times(level, x_t)).to(x_t.dtype)
+        return threshold(predicts.x0(x_t, predicted, level))
 
     return denoise
 

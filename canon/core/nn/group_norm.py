@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from canon.core import native
 
@@ -35,7 +34,7 @@ def kernel() -> ctypes.CDLL | None:
 
 def channels_last(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
     """The same map, its channels neighbours in memory where that is faster: on a processor that has the kernel."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and kernel() is not None else x
+    return x.contiguous(memory_format=torch.channels_last) if native.serves(x) and kernel() is not None else x
 
 
 class GroupNorm(nn.GroupNorm):
@@ -44,39 +43,45 @@ class GroupNorm(nn.GroupNorm):
     def forward(
         self,
         input: Float[Tensor, "batch channels height width"],
-        scale: Float[Tensor, "batch channels"] | None = None,
-        shift: Float[Tensor, "batch channels"] | None = None,
+        film: tuple[Float[Tensor, "batch channels"], Float[Tensor, "batch channels"]] | None = None,
         silu: bool = False,
     ) -> Float[Tensor, "batch channels height width"]:
         """GroupNorm(x) (1 + scale) + shift (Wu and He 2018, Eq. 7), and SiLU of that if asked for.
 
         It has first gradients only where the map's channels are neighbours in memory.
+
+        Args:
+            input: the map.
+            film: scale and shift of each map's channels (Perez et al. 2018, arXiv 1709.07871).
+            silu: whether SiLU follows.
         """
         if not self._applies(input):
             h = super().forward(input)
-            if scale is not None and shift is not None:
+            if film is not None:
+                scale, shift = film
                 h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
             return F.silu(h) if silu else h
-        gain, bias = self.weight.float(), self.bias.float()
-        if scale is not None and shift is not None:
-            more = 1 + scale.float()
-            gain, bias = gain * more, bias * more + shift.float()
-        given = (input, gain, bias, self.num_groups, self.eps, silu)
+        gain, bias = self.weight, self.bias
+        if film is not None:
+            scale, shift = (value.float().expand(input.shape[:2]) for value in film)
+            gain, bias = gain * (1 + scale), bias * (1 + scale) + shift
+        given = (input, gain.contiguous(), bias.contiguous(), self.num_groups, self.eps, silu)
         if torch.is_grad_enabled() and (input.requires_grad or gain.requires_grad or bias.requires_grad):
             return _GroupNorm.apply(*given)
         return _forward(*given)[0]
 
     def _applies(self, x: Tensor) -> bool:
+        gain, bias = self.weight, self.bias
         return (
-            type(x) is Tensor
-            and x.device.type == "cpu"
+            gain is not None
+            and bias is not None
+            and native.serves(x, gain, bias)
+            and gain.dtype == bias.dtype == torch.float32
             and x.dtype in (torch.float32, torch.bfloat16)
             and x.dim() == 4
-            and x.shape[1] >= FEWEST_CHANNELS
+            and x.shape[1] == self.num_channels >= FEWEST_CHANNELS
             and x.is_contiguous(memory_format=torch.channels_last)
             and x.numel() > 0
-            and not is_in_torch_dispatch_mode()
-            and not torch.compiler.is_compiling()
             and kernel() is not None
         )
 

@@ -1,129 +1,136 @@
-"""Convolutions and linear maps that are PyTorch's, faster on a processor.
+"""Convolutions and linear maps that are PyTorch's, faster on a processor."""
 
-Weights that do not learn are put in order once, for what computes with them: PyTorch does that, and under autocast the
-rounding to bfloat16, at every call.
-"""
-
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from canon.core import native
 from canon.core.nn import winograd
 
 FEWEST_CHANNELS = 16  # of a vector
 FEWEST_TILES = 32  # with fewer, transforms of weights, which have four times their size, cost more than they save
 
+Prepared = dict[Any, Any]
+_prepared: ContextVar[Prepared | None] = ContextVar("prepared", default=None)
+
+
+@contextmanager
+def prepared_weights(kept: Prepared) -> Iterator[None]:
+    """Weights are put in order once for what computes with them, and not at every call, as by PyTorch.
+
+    That takes time in which small products could be computed, and under autocast the weights are rounded, too. A
+    sampler calls a network many times: it keeps one dictionary for all calls, which live in it and die with it. While
+    it does, weights must not change, and it serves one network on one thread.
+
+    Args:
+        kept: what was prepared; empty at first.
+    """
+    token = _prepared.set(kept)
+    try:
+        yield
+    finally:
+        _prepared.reset(token)
+
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's; maps whose channels are neighbours in memory go a faster way. It has first gradients only there.
-
-    A change of weights through ``.data``, of which PyTorch keeps no record, goes unseen as long as nothing learns.
-    """
+    """PyTorch's; maps whose channels are neighbours in memory go a faster way, which has first gradients only."""
 
     def forward(
         self, input: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        """The same numbers as those of ``nn.Conv2d``, but for rounding."""
-        x = input
-        if not (x.is_contiguous(memory_format=torch.channels_last) and _ordinary(self, x) and self._simple(x)):
-            return super().forward(x)
+        """The same numbers as those of ``nn.Conv2d``, but for rounding and for where an infinite one spreads to."""
+        weight, bias = self.weight, self.bias
+        if not (_ordinary(input, weight, bias) and self._simple(input)):
+            return super().forward(input)
         if self.kernel_size == (1, 1):
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if _dtype(x) == torch.float32 and winograd.tiles(x) >= FEWEST_TILES and winograd.kernel() is not None:
-            u = None if _learns(self.weight) else _once(self, _transformed)
-            return winograd.convolve(x, self.weight, self.bias, u)
-        if _learns(self.weight, x) or not _packs(_dtype(x)):
-            return super().forward(x)
-        weight, bias = _once(self, _packed_convolution, _dtype(x), x.shape)
+            return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        low, kept = torch.is_autocast_enabled("cpu"), _prepared.get()
+        tiles = winograd.tiles(input)
+        covered = 16 * tiles <= 1.5 * input.shape[0] * input.shape[2] * input.shape[3]  # not much beyond the map
+        if not low and covered and tiles >= FEWEST_TILES and winograd.kernel() is not None:
+            u = None
+            if kept is not None and not _learns(weight):
+                u = _once(kept, (self, "transformed"), lambda: winograd.transform_kernel(weight))
+            return winograd.convolve(input, weight, bias, u)
+        if kept is None or _learns(input, weight, bias) or not _packs(low):
+            return super().forward(input)
+        where = self.padding, self.stride, self.dilation, 1
+        dtype = torch.bfloat16 if low else torch.float32
+
+        def pack() -> tuple[Tensor, Tensor | None]:
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach().to(dtype), *where, input.shape)
+            return packed, None if bias is None else bias.detach().to(dtype)
+
         return torch.ops.mkldnn._convolution_pointwise(
-            x.to(weight.dtype), weight, bias, self.padding, self.stride, self.dilation, 1, "none", [], ""
+            input.to(dtype), *_once(kept, (self, dtype), pack), *where, "none", [], ""
         )
 
     def _simple(self, x: Tensor) -> bool:
-        """Nothing but 3 x 3 or 1 x 1, and not much of a tile beyond the map."""
+        """Nothing but 3 x 3 or 1 x 1, on the layout that is wanted."""
         return (
-            (self.stride, self.dilation, self.groups) == ((1, 1), (1, 1), 1)
+            x.dim() == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and (self.stride, self.dilation, self.groups) == ((1, 1), (1, 1), 1)
             and (self.kernel_size, self.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+            and self.padding_mode == "zeros"
+            and x.shape[1] == self.in_channels
             and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
-            and 16 * winograd.tiles(x) <= 1.5 * x.shape[0] * x.shape[2] * x.shape[3]
         )
 
 
 class Linear(nn.Linear):
-    """PyTorch's, with the same restriction as :class:`Conv2d`."""
+    """PyTorch's; in bfloat16, weights may be prepared."""
 
     def forward(self, input: Float[Tensor, "*rows in_features"]) -> Float[Tensor, "*rows out_features"]:
         """The same numbers as those of ``nn.Linear``."""
-        low = torch.is_autocast_enabled("cpu") and _ordinary(self, input) and _dtype(input) == torch.bfloat16
-        if not low or _learns(self.weight, input) or not _packs(torch.bfloat16):
-            return F.linear(input, self.weight, self.bias)
-        weight, bias = _once(self, _packed_linear, torch.bfloat16, input.shape)
-        return torch.ops.mkldnn._linear_pointwise(input.to(weight.dtype), weight, bias, "none", [], "")
+        weight, bias, kept = self.weight, self.bias, _prepared.get()
+        if kept is None or not torch.is_autocast_enabled("cpu") or not _ordinary(input, weight, bias):
+            return F.linear(input, weight, bias)
+        if _learns(input, weight, bias) or not _packs(low=True):
+            return F.linear(input, weight, bias)
+
+        def pack() -> tuple[Tensor, Tensor | None]:
+            rows = input.numel() // input.shape[-1]
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), rows)
+            return packed, None if bias is None else bias.detach().bfloat16()
+
+        return torch.ops.mkldnn._linear_pointwise(
+            input.bfloat16(), *_once(kept, (self, torch.bfloat16), pack), "none", [], ""
+        )
 
 
-def _ordinary(layer: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
+def _ordinary(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether this is a plain computation on a processor, in float32 or by autocast in bfloat16."""
+    if not native.serves(x, weight, *(() if bias is None else (bias,))):
+        return False
+    low = torch.is_autocast_enabled("cpu")
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.numel() > 0
-        and layer.weight.dtype == torch.float32
-        and not layer.weight.is_inference()
-        and (x.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
-        and _dtype(x) in (torch.float32, torch.bfloat16)
-        and not is_in_torch_dispatch_mode()
-        and not torch.compiler.is_compiling()
+        x.numel() > 0
+        and weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
+        and x.dtype in ((torch.float32, torch.bfloat16) if low else (torch.float32,))
+        and (not low or torch.get_autocast_dtype("cpu") == torch.bfloat16)
     )
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """In which a product is computed."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
-@cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN serves this processor in this precision."""
-    if not torch.backends.mkldnn.is_available():
+def _packs(low: bool) -> bool:
+    """Whether oneDNN serves this processor, in bfloat16 if it is to."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not low or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _learns(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-_KEPT: WeakKeyDictionary[nn.Module, tuple[Any, Tensor, Any]] = WeakKeyDictionary()
-
-
-def _once(layer: nn.Conv2d | nn.Linear, prepare: Callable[..., Any], *given: Any) -> Any:
-    """What is made of a layer's weights, kept until they change."""
-    state = (prepare, layer.weight._version, None if layer.bias is None else layer.bias._version, *given[:1])
-    kept = _KEPT.get(layer)
-    if kept is None or kept[0] != state or kept[1].data_ptr() != layer.weight.data_ptr():
-        # the weights are kept, too, so that no others can come to lie in their place
-        kept = _KEPT[layer] = state, layer.weight.detach(), prepare(layer, *given)
-    return kept[2]
-
-
-def _transformed(layer: nn.Conv2d) -> Tensor:
-    return winograd.transform_kernel(layer.weight)
-
-
-def _packed_convolution(layer: nn.Conv2d, dtype: torch.dtype, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-    where = layer.padding, layer.stride, layer.dilation, 1
-    weight = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach().to(dtype), *where, shape)
-    return weight, None if layer.bias is None else layer.bias.detach().to(dtype)
-
-
-def _packed_linear(layer: nn.Linear, dtype: torch.dtype, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-    rows = shape.numel() // shape[-1]
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), rows)
-    return weight, None if layer.bias is None else layer.bias.detach().to(dtype)
+def _once(kept: Prepared, key: Any, prepare: Callable[[], Any]) -> Any:
+    if key not in kept:
+        kept[key] = prepare()
+    return kept[key]

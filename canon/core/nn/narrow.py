@@ -1,4 +1,7 @@
-"""Attention of narrow heads on a processor, with its gradients, without the map of weights in memory (`narrow.c`)."""
+"""Attention of narrow heads, and of small ones in bfloat16, on a processor, with its gradients (`narrow.c`).
+
+The map of weights is never in memory.
+"""
 
 import ctypes
 from functools import cache
@@ -7,7 +10,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from canon.core import native
 
@@ -37,14 +39,9 @@ def kernel() -> ctypes.CDLL | None:
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel can serve these: plain tensors on a CPU, float32 or bfloat16, and narrow.
-
-    Where operations are counted or only pretended, which happens beside them, PyTorch's are needed.
-    """
+    """Whether the kernel can serve these: plain tensors on a CPU, float32 or bfloat16, and narrow or small."""
     return (
-        type(q) is type(k) is type(v) is Tensor
-        and not is_in_torch_dispatch_mode()
-        and q.device.type == k.device.type == v.device.type == "cpu"
+        native.serves(q, k, v)
         and q.dtype == k.dtype == v.dtype
         and k.shape == v.shape
         and q.shape[:2] == k.shape[:2]
@@ -52,7 +49,6 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.dtype in (torch.float32, torch.bfloat16)
         and (0 < q.shape[3] <= WIDEST or (q.dtype == torch.bfloat16 and k.shape[2] * k.shape[3] <= SMALL))
         and min(q.numel(), k.numel()) > 0
-        and not torch.compiler.is_compiling()
         and kernel() is not None
     )
 

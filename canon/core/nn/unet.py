@@ -84,12 +84,12 @@ class ResBlock(nn.Module):
     ) -> Float[Tensor, "batch out_channels height width"]:
         """``emb`` is the time embedding after its SiLU, which all blocks of a network share."""
         h = self.conv1(self.norm1(x, silu=True))
-        scale = shift = None
+        film = None
         if self.time is not None and self.scale_shift:
-            scale, shift = self.time(emb).chunk(2, dim=1)
+            film = self.time(emb).chunk(2, dim=1)
         elif self.time is not None:
             h += self.time(emb)[:, :, None, None]  # in place: nothing needs a convolution's own output
-        h = self.conv2(self.norm2(h, scale, shift, silu=True))
+        h = self.conv2(self.norm2(h, film, silu=True))
         h += self.shortcut(x)
         return h
 
@@ -188,24 +188,6 @@ class _WrittenOut(torch.autograd.Function):
         return torch.softmax(scores, -1, out=scores)
 
 
-class Read(dict):
-    """What every cross-attention of a network reads of a context, for where it stays the same, as in sampling.
-
-    It takes the place of the context.
-
-    Args:
-        model: the network.
-        context: as its cross-attention takes it.
-    """
-
-    def __init__(self, model: nn.Module, context: Float[Tensor, "batch time d_context"]):
-        blocks = (module for module in model.modules() if isinstance(module, TransformerBlock))
-        super().__init__((block.cross_attention, block.cross_attention.read(context)) for block in blocks)
-
-
-Context = Float[Tensor, "batch time d_context"] | Read
-
-
 class CrossAttention(nn.Module):
     """Multi-head attention of pixels to a context; self-attention where the context is the pixels themselves.
 
@@ -226,25 +208,18 @@ class CrossAttention(nn.Module):
         self.out = Linear(d_model, d_model)
 
     def forward(
-        self, x: Float[Tensor, "batch pixels d_model"], context: Context
+        self, x: Float[Tensor, "batch pixels d_model"], context: Float[Tensor, "batch time d_context"]
     ) -> Float[Tensor, "batch pixels d_model"]:
-        k, v = context[self] if isinstance(context, Read) else self.read(context)
+        q, k, v = (self._heads(y) for y in (self.q(x), self.k(context), self.v(context)))
         # Attention(Q, K, V) = softmax(Q K^T / sqrt(d)) V,  Q = W_Q phi(z), K = W_K tau(y), V = W_V tau(y)
-        return self.out(attend(self._heads(self.q(x)), k, v).transpose(1, 2).flatten(2))
-
-    def read(
-        self, context: Float[Tensor, "batch time d_context"]
-    ) -> tuple[Float[Tensor, "batch heads time d_head"], Float[Tensor, "batch heads time d_head"]]:
-        """Keys and values of a context."""
-        return self._heads(self.k(context)), self._heads(self.v(context))
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def probabilities(
-        self, x: Float[Tensor, "batch pixels d_model"], context: Context
+        self, x: Float[Tensor, "batch pixels d_model"], context: Float[Tensor, "batch time d_context"]
     ) -> Float[Tensor, "batch heads pixels time"]:
         """How much each pixel looks at each place of the context, in float32."""
-        k, _ = context[self] if isinstance(context, Read) else self.read(context)
-        q, k = self._heads(self.q(x)).float(), k.float()
+        q, k = self._heads(self.q(x)).float(), self._heads(self.k(context)).float()
         return (q @ k.mT * q.shape[3] ** -0.5).softmax(-1)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -282,7 +257,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = GEGLU(d_model, 4 * d_model)
 
     def forward(
-        self, x: Float[Tensor, "batch pixels d_model"], context: Context
+        self, x: Float[Tensor, "batch pixels d_model"], context: Float[Tensor, "batch time d_context"]
     ) -> Float[Tensor, "batch pixels d_model"]:
         h = self.self_attention_norm(x)
         x = x + self.self_attention(h, h)
@@ -312,7 +287,7 @@ class SpatialTransformer(nn.Module):
         zero(self.proj_out)
 
     def forward(
-        self, x: Float[Tensor, "batch channels height width"], context: Context
+        self, x: Float[Tensor, "batch channels height width"], context: Float[Tensor, "batch time d_context"]
     ) -> Float[Tensor, "batch channels height width"]:
         h = self.proj_in(self.norm(x).flatten(2).mT)
         for block in self.blocks:
@@ -351,7 +326,7 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, list[Float[Tensor,
     """
     maps: dict[str, list[Tensor]] = {}
 
-    def record(name: str, layer: CrossAttention, inputs: tuple[Tensor, Context]) -> None:
+    def record(name: str, layer: CrossAttention, inputs: tuple[Tensor, Tensor]) -> None:
         maps.setdefault(name, []).append(layer.probabilities(*inputs).cpu())
 
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, TransformerBlock)}

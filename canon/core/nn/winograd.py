@@ -106,6 +106,7 @@ class _Winograd(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, u: Float[Tensor, "36 before after"], bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty((x.shape[0], u.shape[2], *x.shape[2:]), memory_format=torch.channels_last)
     for (v, in_shape), (m, out_shape) in zip(_parts(x, y.shape[1]), _parts(y, x.shape[1])):
         _call("input", in_shape, x, v)

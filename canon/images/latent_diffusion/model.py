@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from canon.core.errors import UserError
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion import EPS, Levels, Parameterization, V
-from canon.core.nn.unet import Context
 from canon.core.training.fit import TrainingConfig
 from canon.images.clip.text import TextTransformer
 from canon.images.latent_diffusion.autoencoder import AutoencoderKL, AutoencoderVQ
@@ -218,7 +217,7 @@ class LatentDiffusion(nn.Module):
         self,
         z_t: Float[Tensor, "batch latent_channels h w"],
         t: Num[Tensor, " batch"],
-        context: Context,
+        context: Float[Tensor, "batch time d_model"],
         condition: Float[Tensor, "batch condition_channels h w"] | None = None,
     ) -> Float[Tensor, "batch latent_channels h w"]:
         """eps_theta(z_t, t, tau(y)): the noise in the latents (or v), given the text and what is concatenated."""

@@ -12,7 +12,6 @@ from canon.core.errors import UserError
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion import Levels
 from canon.core.generation.diffusion_samplers import Denoiser, State, ddim, ddpm, dpm_solver, heun, plms, reinject
-from canon.core.nn.unet import Read
 from canon.images.clip.tokenizer import tokenize
 from canon.images.latent_diffusion.model import LatentDiffusion
 
@@ -43,7 +42,7 @@ def denoiser(
 ) -> Denoiser:
     """The predicted latents of noisy ones, one row a prompt, with classifier-free guidance."""
     without = [] if guidance == 1 else [""] * len(prompts)
-    context = Read(model.unet, model.text(captions(model, tokenizer, [*prompts, *without])))
+    context = model.text(captions(model, tokenizer, [*prompts, *without]))
 
     def guided(z_t: Tensor, t: Tensor) -> Tensor:
         if guidance == 1:

@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from canon.core.nn.group_norm import GroupNorm, channels_last
 from canon.core.nn.layers import Linear
-from canon.core.nn.unet import (
-    Context,
-    Downsample,
-    ResBlock,
-    SpatialTransformer,
-    Upsample,
-    timestep_embedding,
-    zero,
-)
+from canon.core.nn.unet import Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding, zero
 
 
 class Stage(nn.Module):
@@ -42,7 +34,7 @@ class Stage(nn.Module):
         self,
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch d_emb"],
-        context: Context,
+        context: Float[Tensor, "batch time d_context"],
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
         if self.res is not None:
             x = self.res(x, emb)
@@ -64,7 +56,7 @@ class Middle(nn.Module):
         self,
         x: Float[Tensor, "batch channels height width"],
         emb: Float[Tensor, "batch d_emb"],
-        context: Context,
+        context: Float[Tensor, "batch time d_context"],
     ) -> Float[Tensor, "batch channels height width"]:
         return self.res2(self.attention(self.res1(x, emb), context), emb)
 
@@ -150,7 +142,7 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch d_emb"],
-        context: Context,
+        context: Float[Tensor, "batch time d_context"],
     ) -> tuple[list[Tensor], Tensor]:
         """The way down and the middle: what each stage of ``down`` made, and what the middle made of the last."""
         skips, x = [], channels_last(x)
@@ -164,7 +156,7 @@ class UNet(nn.Module):
         x: Float[Tensor, "batch channels height width"],
         skips: Sequence[Tensor],
         emb: Float[Tensor, "batch d_emb"],
-        context: Context,
+        context: Float[Tensor, "batch time d_context"],
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """The way up: each stage of ``up`` also sees the skip of the opposite stage."""
         for stage, skip in zip(self.up, reversed(skips)):
@@ -175,7 +167,7 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "batch in_channels height width"],
         t: Num[Tensor, " batch"],
-        context: Context,
+        context: Float[Tensor, "batch time d_context"],
         control: Sequence[Tensor] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
         """The prediction.
@@ -183,7 +175,7 @@ class UNet(nn.Module):
         Args:
             x: noisy latent; height and width are multiples of 2^(levels - 1).
             t: what the network is told of the noise, 0 to 999 in a discrete schedule.
-            context: the encoded text tau(y), or what was `Read` of it.
+            context: the encoded text tau(y).
             control: added to the skips and, the last of them, to the middle's output (ControlNet).
         """
         emb = self.embed(t)

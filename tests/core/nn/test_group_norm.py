@@ -33,7 +33,7 @@ def test_outputs_and_gradients(channels, groups, side, dtype, silu, each):
     x = channels_last((3 + 2 * torch.randn(3, channels, side, side + 1)).to(dtype)).requires_grad_()
     given = [x, *(torch.randn(3, channels, requires_grad=True) for _ in range(2 * each))]
     assert norm._applies(x)
-    y = norm(*given, silu=silu)
+    y = norm(x, tuple(given[1:]) or None, silu=silu)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     high = [value.detach().double().requires_grad_() for value in given]
@@ -53,6 +53,48 @@ def test_a_large_mean_costs_no_precision():
     x = channels_last(1000 + torch.randn(2, 32, 8, 8))
     expected = exactly(norm, x.double(), None, None, False)
     assert_close(norm(x).double(), expected, atol=2e-3, rtol=0)  # 1000 in float32 is known to 6e-5
+
+
+@pytest.mark.parametrize("outlier", [300.0, -1e4])
+def test_an_outlier_costs_no_precision(outlier):
+    norm = GroupNorm(1, 16)
+    x = torch.randn(1, 16, 128, 128)
+    x[:, :, 0, 0] = outlier
+    expected = exactly(norm, x.double(), None, None, False)
+    assert_close(norm(channels_last(x)).double(), expected, atol=2e-6 * float(expected.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 4), (80, 10), (96, 32), (40, 5)])
+def test_one_map_on_several_threads(channels, groups):
+    norm, x = GroupNorm(groups, channels), channels_last(torch.randn(1, channels, 9, 9)).requires_grad_()
+    nn.init.normal_(norm.weight)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        y = norm(x, silu=True)
+        found = torch.autograd.grad(y.square().sum(), (x, norm.weight, norm.bias))
+    finally:
+        torch.set_num_threads(threads)
+    high = x.detach().double().requires_grad_()
+    expected = exactly(norm, high, None, None, True)
+    wanted = torch.autograd.grad(expected.square().sum(), (high, norm.weight, norm.bias))
+    assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(found, wanted):
+        assert_close(a.double(), b.double(), atol=1e-5 * float(b.abs().max()), rtol=1e-4)
+
+
+def test_odd_parameters():
+    x = channels_last(torch.randn(4, 32, 3, 3))
+    norm = GroupNorm(4, 32)
+    scale, shift = torch.randn(32, 1).T, torch.randn(32, 4).T  # one for all maps; another order in memory
+    found = norm(x, (scale.expand(4, 32), shift), silu=True)
+    assert_close(found, exactly(norm, x.double(), scale, shift, True).float(), atol=1e-5, rtol=1e-5)
+    norm.weight = nn.Parameter(torch.randn(64)[::2])
+    assert_close(norm(x), exactly(norm, x.double(), None, None, False).float(), atol=1e-5, rtol=1e-5)
+    plain = GroupNorm(4, 32, affine=False)
+    assert_close(plain(x), nn.GroupNorm(4, 32, affine=False)(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="channels"):
+        GroupNorm(4, 32)(channels_last(torch.randn(1, 64, 3, 3)))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -99,11 +141,11 @@ def test_hooks_see_it():
 def test_without_a_compiler_pytorch_takes_its_place(monkeypatch):
     norm, x = GroupNorm(4, 32), torch.randn(2, 32, 4, 4)
     scale, shift = torch.randn(2, 32), torch.randn(2, 32)
-    found = norm(channels_last(x), scale, shift, silu=True)
+    found = norm(channels_last(x), (scale, shift), silu=True)
     group_norm.kernel.cache_clear()
     monkeypatch.setattr(native, "load_c", lambda source: None)
     try:
         assert channels_last(x) is x
-        assert_close(norm(x, scale, shift, silu=True), found, atol=1e-5, rtol=1e-4)
+        assert_close(norm(x, (scale, shift), silu=True), found, atol=1e-5, rtol=1e-4)
     finally:
         group_norm.kernel.cache_clear()

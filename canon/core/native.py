@@ -12,9 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch  # its OpenMP runtime must be loaded first
 from torch.autograd import forward_ad
@@ -72,6 +73,25 @@ def load_c(source: Path) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(library))
     except OSError:  # a cache folder that cannot be written, or from which nothing may be executed
         return None
+
+
+def load_functions(
+    source: Path, shape: type[ctypes.Structure], tensors: Mapping[str, int], result: Any = None
+) -> ctypes.CDLL | None:
+    """`load_c`, its functions declared: each takes a pointer to a structure of sizes, then pointers to tensors.
+
+    Args:
+        source: the C file.
+        shape: the structure.
+        tensors: how many of them each function takes, by its name.
+        result: what the functions return; None: nothing.
+    """
+    compiled = load_c(source)
+    if compiled is not None:
+        for name, count in tensors.items():
+            function = getattr(compiled, name)
+            function.argtypes, function.restype = [ctypes.POINTER(shape), *[ctypes.c_void_p] * count], result
+    return compiled
 
 
 def _with_included(source: Path) -> list[Path]:

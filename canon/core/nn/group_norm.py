@@ -24,12 +24,8 @@ class ShapeStruct(ctypes.Structure):
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled group_norm.c; None where there is no C compiler."""
-    compiled = native.load_c(Path(__file__).with_name("group_norm.c"))
-    if compiled is not None:
-        for function, tensors in ((compiled.group_norm, 6), (compiled.group_norm_backward, 10)):
-            function.argtypes = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * tensors]
-            function.restype = None
-    return compiled
+    source = Path(__file__).with_name("group_norm.c")
+    return native.load_functions(source, ShapeStruct, {"group_norm": 6, "group_norm_backward": 10})
 
 
 def channels_last(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:

@@ -30,12 +30,8 @@ class ShapeStruct(ctypes.Structure):
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled narrow.c; None where there is no C compiler."""
-    compiled = native.load_c(Path(__file__).with_name("narrow.c"))
-    if compiled is not None:
-        for function, tensors in ((compiled.attend_narrow, 5), (compiled.attend_narrow_backward, 9)):
-            function.argtypes = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * tensors]
-            function.restype = ctypes.c_int
-    return compiled
+    source, tensors = Path(__file__).with_name("narrow.c"), {"attend_narrow": 5, "attend_narrow_backward": 9}
+    return native.load_functions(source, ShapeStruct, tensors, ctypes.c_int)
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:

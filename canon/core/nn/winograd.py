@@ -27,12 +27,8 @@ class ShapeStruct(ctypes.Structure):
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled winograd.c; None where there is no C compiler."""
-    compiled = native.load_c(Path(__file__).with_name("winograd.c"))
-    if compiled is not None:
-        for name, tensors in (("input", 2), ("output", 3), ("gradient", 2)):
-            function = getattr(compiled, f"transform_{name}")
-            function.argtypes, function.restype = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * tensors], None
-    return compiled
+    tensors = {"transform_input": 2, "transform_output": 3, "transform_gradient": 2}
+    return native.load_functions(Path(__file__).with_name("winograd.c"), ShapeStruct, tensors)
 
 
 def tiles(x: Float[Tensor, "batch channels height width"]) -> int:

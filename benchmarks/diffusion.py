@@ -6,7 +6,8 @@ Two shapes: Stable Diffusion v1 at an eighth of its width (40 channels, 32 x 32 
 laptop's (64 and 128 channels, which diffusers can express where the preset's 64 and 96 on 32 cannot; 8 x 8 latents,
 16 tokens, batch 64). A forward pass, a training step (forward, backward, AdamW) and 20 steps of DPM-Solver++(2M) with
 guidance, in float32 and under autocast to bfloat16. The sides take turns, in an order that alternates; ratios are those
-of neighbours in one round. Peak memory is that of a process of its own which takes three training steps.
+of neighbours in one round. Each shape and precision is measured in a process of its own, and so is each side's peak
+memory, that of three training steps.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import multiprocessing as mp
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,7 +89,7 @@ def predict(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def training_step(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callable[[], None]:
     """A step on one fixed batch."""
     z, t, context = inputs(shape, shape["batch"])
-    target, optimizer = torch.randn_like(z), torch.optim.AdamW(model.parameters(), lr=1e-5)
+    target, optimizer = torch.randn_like(z), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     run = predict(model)
 
     def step() -> None:
@@ -151,64 +153,66 @@ def _resident(name: str) -> float:
     return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
-def _memory(name: str, dtype: str, ours: bool, threads: int, answer: Any) -> None:
-    torch.set_num_threads(threads)
-    model = build(SHAPES[name])[0 if ours else 1]
-    step = training_step(model, SHAPES[name], dtype)
+def _memory(name: str, dtype: str, side: int) -> float:
+    """MiB that three training steps add to this process."""
+    step = training_step(build(SHAPES[name])[side], SHAPES[name], dtype)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most begins anew
     before = _resident("VmRSS")
     for _ in range(3):
         step()
-    answer.put(_resident("VmHWM") - before)
+    return _resident("VmHWM") - before
 
 
-def peak_memory(name: str, dtype: str, ours: bool, threads: int) -> float:
-    """MiB that three training steps add to a process of their own."""
-    context = mp.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_memory, args=(name, dtype, ours, threads, answer))
-    process.start()
-    found = answer.get()
-    process.join()
-    return found
+def _times(name: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of the table, for each task."""
+    rows, shape = [], SHAPES[name]
+    pair = build(shape)
+    z, t, context = inputs(shape, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(*(predict(model)(z, t, context) for model in pair), rtol=1e-3, atol=1e-3)
+    for task, make in TASKS.items():
+        runs = [make(model, shape, dtype) for model in pair]
+        seconds: list[list[float]] = [[], []]
+        for number in range(rounds + 1):  # the first round warms up
+            for side in (0, 1) if number % 2 else (1, 0):
+                start = time.perf_counter()
+                runs[side]()
+                if number:
+                    seconds[side].append(time.perf_counter() - start)
+        ratios = [theirs / ours for ours, theirs in zip(*seconds)]
+        rows.append(
+            {
+                "shape": name,
+                "precision": dtype,
+                "task": task,
+                "canon, ms": 1000 * statistics.median(seconds[0]),
+                "diffusers, ms": 1000 * statistics.median(seconds[1]),
+                "times as fast": statistics.median(ratios),
+                "from": min(ratios),
+                "to": max(ratios),
+            }
+        )
+    return rows
 
 
 def measure(rounds: int, threads: int) -> list[dict[str, Any]]:
     """Rows of the table."""
     rows = []
-    for name, shape in SHAPES.items():
-        pair = build(shape)
-        z, t, context = inputs(shape, 2)
-        with torch.no_grad():
-            torch.testing.assert_close(*(predict(model)(z, t, context) for model in pair), rtol=1e-3, atol=1e-3)
+    for name in SHAPES:
         for dtype in ("float32", "bfloat16"):
-            for task, make in TASKS.items():
-                runs = [make(model, shape, dtype) for model in pair]
-                seconds: list[list[float]] = [[], []]
-                for number in range(rounds + 1):  # the first round warms up
-                    for side in (0, 1) if number % 2 else (1, 0):
-                        start = time.perf_counter()
-                        runs[side]()
-                        if number:
-                            seconds[side].append(time.perf_counter() - start)
-                ratios = [theirs / ours for ours, theirs in zip(*seconds)]
-                rows.append(
-                    {
-                        "shape": name,
-                        "precision": dtype,
-                        "task": task,
-                        "canon, ms": 1000 * statistics.median(seconds[0]),
-                        "diffusers, ms": 1000 * statistics.median(seconds[1]),
-                        "times as fast": statistics.median(ratios),
-                        "from": min(ratios),
-                        "to": max(ratios),
-                    }
-                )
-            ours, theirs = (peak_memory(name, dtype, side, threads) for side in (True, False))
+            rows += alone(threads, _times, name, dtype, rounds)
+            ours, theirs = (alone(threads, _memory, name, dtype, side) for side in (0, 1))
             row = {"shape": name, "precision": dtype, "task": "training, peak MiB"}
             rows.append(row | {"canon, ms": ours, "diffusers, ms": theirs, "times as fast": theirs / ours})
     return rows
+
+
+def alone(threads: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own with that many threads."""
+    start = {"mp_context": mp.get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (threads,)}
+    with ProcessPoolExecutor(1, **start) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def main() -> None:
@@ -218,7 +222,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     record = {
         "benchmark": "diffusion",
         "title": "The U-Net of latent diffusion",

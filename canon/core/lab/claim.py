@@ -89,6 +89,16 @@ class Lab:
         """Log metrics of one step."""
         self.run.log(step, **metrics)
 
+    def once(self, name: str, measure: Callable[[], float]) -> float:
+        """A number that is measured once: an interrupted experiment that goes on finds it as it was.
+
+        It is for what differs from one time to the next, such as the seconds that a step takes.
+        """
+        path = self.workdir / f"{name}.json"
+        if not path.exists():
+            write_atomic(path, json.dumps(float(measure())))
+        return json.loads(path.read_text())
+
     def text(self, name: str, value: str) -> None:
         """Keep a text."""
         self.run.text(name, value)

@@ -73,6 +73,15 @@ INLINE void transpose_back(const float *from, char *to, const int64_t stride[3],
         for (int64_t i = 0, at = place(stride, b, h, t); i < d; i++) put(to, at + i, from[i * n + t], half);
 }
 
+INLINE float dot(const float *a, const float *b, int64_t d) {
+    f32 sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) sums += LOAD(a + i) * LOAD(b + i);
+    float sum = sum16(sums);
+    for (; i < d; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 // Four rows from `first` on, times `scale`; behind the last one the last again.
 INLINE void rows(const char *from, const int64_t stride[3], int64_t b, int64_t h, int64_t first, int64_t count,
                  int64_t d, float scale, int half, float *to) {
@@ -82,23 +91,23 @@ INLINE void rows(const char *from, const int64_t stride[3], int64_t b, int64_t h
     }
 }
 
-// out (ROWS, count) <- a (ROWS, d) m (d, count), of whose rows each has n elements
+// out (ROWS, count) <- a (ROWS, d) m (d, count), of whose rows each has n elements; `wide` vectors of it from j on
+INLINE void spread_some(int64_t d, int64_t n, int64_t count, const float *a, const float *m, float *out, int64_t j,
+                        int wide) {
+    f32 sum[ROWS][2] = {{{0}}};
+    for (int64_t i = 0; i < d; i++)
+        for (int v = 0; v < wide; v++) {
+            f32 column = LOAD(m + i * n + j + v * LANES);
+            for (int r = 0; r < ROWS; r++) sum[r][v] += a[r * d + i] * column;
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < wide; v++) STORE(out + r * count + j + v * LANES, sum[r][v]);
+}
+
 static void spread(int64_t d, int64_t n, int64_t count, const float *a, const float *m, float *out) {
-    for (int64_t j = 0; j < count; j += 2 * LANES) {
-        int64_t next = j + LANES < count ? j + LANES : j;  // the last vector may be alone, and is then done twice
-        f32 sum[ROWS][2] = {{{0}}};
-        for (int64_t i = 0; i < d; i++) {
-            f32 left = LOAD(m + i * n + j), right = LOAD(m + i * n + next);
-            for (int r = 0; r < ROWS; r++) {
-                sum[r][0] += a[r * d + i] * left;
-                sum[r][1] += a[r * d + i] * right;
-            }
-        }
-        for (int r = 0; r < ROWS; r++) {
-            STORE(out + r * count + j, sum[r][0]);
-            STORE(out + r * count + next, sum[r][1]);
-        }
-    }
+    int64_t j = 0;
+    for (; j + LANES < count; j += 2 * LANES) spread_some(d, n, count, a, m, out, j, 2);
+    if (j < count) spread_some(d, n, count, a, m, out, j, 1);
 }
 
 // out (ROWS, d) += a (ROWS, count) m (count, padded d), for heads that fill vectors
@@ -243,8 +252,7 @@ INLINE int backward(const Shape *s, const char *q, const char *k, const char *v,
                     spread(d, n, count, grad, vt + j, ds);
                     for (int64_t r = 0; r < ROWS; r++) {
                         int there = first + r < s->queries;
-                        float sum = 0;
-                        for (int64_t i = 0; i < d; i++) sum += grad[r * d + i] * made[r * d + i];
+                        float sum = dot(grad + r * d, made + r * d, d);
                         through_softmax(w + r * count, ds + r * count, there ? s->keys - j : 0, count,
                                         there ? lse[item * s->queries + first + r] : 0, sum);
                     }

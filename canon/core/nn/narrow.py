@@ -1,4 +1,4 @@
-"""Attention of narrow heads, and of small ones in bfloat16, on a processor, with its gradients (`narrow.c`).
+"""Attention of narrow and of small heads on a processor, with its gradients (`narrow.c`).
 
 The map of weights is never in memory.
 """
@@ -15,10 +15,10 @@ from canon.core import native
 
 N = ctypes.c_int64
 FIELDS = ("batch", "heads", "queries", "keys", "d", "half", "threads")
-WIDEST = 15
-"""Channels of a head; from 16 on, matrix products are as fast, unless PyTorch makes too much of small ones."""
+WIDEST = 16
+"""Channels of a head; in wider ones, matrix products are as fast, unless PyTorch makes too much of small ones."""
 SMALL = 1024
-"""Numbers in a head's keys; with more of them, matrix products in bfloat16 are as fast."""
+"""Numbers in a head's keys; with more of them, matrix products are as fast."""
 
 
 class ShapeStruct(ctypes.Structure):
@@ -43,7 +43,7 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[:2] == k.shape[:2]
         and q.shape[3] == k.shape[3]
         and q.dtype in (torch.float32, torch.bfloat16)
-        and (0 < q.shape[3] <= WIDEST or (q.dtype == torch.bfloat16 and k.shape[2] * k.shape[3] <= SMALL))
+        and (q.shape[3] <= WIDEST or k.shape[2] * k.shape[3] <= SMALL)
         and min(q.numel(), k.numel()) > 0
         and kernel() is not None
     )

@@ -262,3 +262,11 @@ def test_an_edit_to_the_source_makes_a_new_fingerprint(tmp_path, monkeypatch):
     assert fingerprint(edited_claims.experiment, "cuda") != before
     source.write_text("def experiment(lab, sabotage=False):\n    return 2\n")
     assert fingerprint(edited_claims.experiment, "cpu") != before
+
+
+def test_a_number_measured_once_outlives_an_interruption(tmp_path):
+    times = iter((0.1 + 0.2, 4.0))
+    first = Lab(0, tmp_path / "seed0").once("seconds_a_step", lambda: next(times))
+    again = Lab(0, tmp_path / "seed0").once("seconds_a_step", lambda: next(times))
+    other = Lab(1, tmp_path / "seed1").once("seconds_a_step", lambda: next(times))
+    assert (first, again, other) == (0.1 + 0.2, 0.1 + 0.2, 4.0)

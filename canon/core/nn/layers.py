@@ -15,6 +15,7 @@ from canon.core.nn import winograd
 
 FEWEST_CHANNELS = 16  # of a vector
 FEWEST_TILES = 32  # with fewer, transforms of weights, which have four times their size, cost more than they save
+MOST_PAIRS = 2**17  # of channels that come in and go out; with more, all that counts is how many weights are read
 
 Prepared = dict[Any, Any]
 _prepared: ContextVar[Prepared | None] = ContextVar("prepared", default=None)
@@ -38,6 +39,22 @@ def prepared_weights(kept: Prepared) -> Iterator[None]:
         _prepared.reset(token)
 
 
+def prepared_for(name: Any, x: Tensor, make: Callable[[], Any]) -> Any:
+    """What is made of an input that is the same tensor at every call of a sampler, such as its text: made once.
+
+    Args:
+        name: by which it is found, no other's.
+        x: the input, which must not change while weights are prepared.
+        make: makes it.
+    """
+    kept = _prepared.get()
+    if kept is None or torch.is_grad_enabled():
+        return make()
+    if name not in kept or kept[name][0] is not x:
+        kept[name] = x, make()
+    return kept[name][1]
+
+
 class Conv2d(nn.Conv2d):
     """PyTorch's; maps whose channels are neighbours in memory go a faster way, which has first gradients only."""
 
@@ -48,17 +65,19 @@ class Conv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias
         if not (_ordinary(input, weight, bias) and self._simple(input)):
             return super().forward(input)
-        if self.kernel_size == (1, 1):
-            return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        wide = min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS and self.stride == (1, 1)
+        if wide and (self.kernel_size, self.padding) == ((1, 1), (0, 0)):
+            return linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias, self).permute(0, 3, 1, 2)
         low, kept = torch.is_autocast_enabled("cpu"), _prepared.get()
-        tiles = winograd.tiles(input)
-        covered = 16 * tiles <= 1.5 * input.shape[0] * input.shape[2] * input.shape[3]  # not much beyond the map
-        if not low and covered and tiles >= FEWEST_TILES and winograd.kernel() is not None:
-            u = None
-            if kept is not None and not _learns(weight):
-                u = _once(kept, (self, "transformed"), lambda: winograd.transform_kernel(weight))
-            return winograd.convolve(input, weight, bias, u)
-        if kept is None or _learns(input, weight, bias) or not _packs(low):
+        prepares = kept is not None and not _learns(input, weight, bias)
+        if wide and (self.kernel_size, self.padding) == ((3, 3), (1, 1)) and not low:
+            tiles = winograd.tiles(input)
+            covered = 16 * tiles <= 1.5 * input.shape[0] * input.shape[2] * input.shape[3]  # not much beyond the map
+            pays = covered and tiles >= FEWEST_TILES and weight.numel() <= 9 * MOST_PAIRS
+            if pays and winograd.kernel() is not None:
+                u = _once(kept, (self, "transformed"), lambda: winograd.transform_kernel(weight)) if prepares else None
+                return winograd.convolve(input, weight, bias, u)
+        if not prepares or not _packs(low):
             return super().forward(input)
         where = self.padding, self.stride, self.dilation, 1
         dtype = torch.bfloat16 if low else torch.float32
@@ -72,15 +91,14 @@ class Conv2d(nn.Conv2d):
         )
 
     def _simple(self, x: Tensor) -> bool:
-        """Nothing but 3 x 3 or 1 x 1, on the layout that is wanted."""
+        """Nothing but pixels around a pixel in zeros, on the layout that is wanted."""
         return (
             x.dim() == 4
             and x.is_contiguous(memory_format=torch.channels_last)
-            and (self.stride, self.dilation, self.groups) == ((1, 1), (1, 1), 1)
-            and (self.kernel_size, self.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+            and (self.dilation, self.groups) == ((1, 1), 1)
             and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
             and x.shape[1] == self.in_channels
-            and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
         )
 
 
@@ -89,20 +107,34 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows in_features"]) -> Float[Tensor, "*rows out_features"]:
         """The same numbers as those of ``nn.Linear``."""
-        weight, bias, kept = self.weight, self.bias, _prepared.get()
-        if kept is None or not torch.is_autocast_enabled("cpu") or not _ordinary(input, weight, bias):
-            return F.linear(input, weight, bias)
-        if _learns(input, weight, bias) or not _packs(low=True):
-            return F.linear(input, weight, bias)
+        return linear(input, self.weight, self.bias, self)
 
-        def pack() -> tuple[Tensor, Tensor | None]:
-            rows = input.numel() // input.shape[-1]
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), rows)
-            return packed, None if bias is None else bias.detach().bfloat16()
 
-        return torch.ops.mkldnn._linear_pointwise(
-            input.bfloat16(), *_once(kept, (self, torch.bfloat16), pack), "none", [], ""
-        )
+def linear(
+    x: Float[Tensor, "*rows in_features"],
+    weight: Float[Tensor, "out_features in_features"],
+    bias: Float[Tensor, " out_features"] | None,
+    name: Any,
+) -> Float[Tensor, "*rows out_features"]:
+    """x W^T + b.
+
+    Args:
+        x: rows.
+        weight: W.
+        bias: b.
+        name: by which W and b are found, where they are prepared; no other layer's.
+    """
+    kept = _prepared.get()
+    if kept is None or not torch.is_autocast_enabled("cpu") or not _ordinary(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if _learns(x, weight, bias) or not _packs(low=True):
+        return F.linear(x, weight, bias)
+
+    def pack() -> tuple[Tensor, Tensor | None]:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), x.numel() // x.shape[-1])
+        return packed, None if bias is None else bias.detach().bfloat16()
+
+    return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *_once(kept, (name, torch.bfloat16), pack), "none", [], "")
 
 
 def _ordinary(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

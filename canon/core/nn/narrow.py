@@ -55,7 +55,9 @@ def attend_narrow(
     v: Float[Tensor, "batch heads keys d_head"],
 ) -> Float[Tensor, "batch heads queries d_head"]:
     """softmax(q k^T / sqrt(d_head)) v. It has first gradients only, and neither vmap nor functional transforms."""
-    return _Narrow.apply(*map(_dense, (q, k, v))).transpose(1, 2)
+    q, k, v = map(_dense, (q, k, v))
+    y = _Narrow.apply(q, k, v) if torch.is_grad_enabled() else _forward(q, k, v)[0]
+    return y.transpose(1, 2)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -63,12 +65,17 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, d = q.shape
+    y, lse = q.new_empty(batch, queries, heads, d), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    _call("attend_narrow", q, k, v, y, lse)
+    return y, lse
+
+
 class _Narrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
-        batch, heads, queries, d = q.shape
-        y, lse = q.new_empty(batch, queries, heads, d), q.new_empty(batch, heads, queries, dtype=torch.float32)
-        _call("attend_narrow", q, k, v, y, lse)
+        y, lse = _forward(q, k, v)
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from canon.core.nn.group_norm import GroupNorm, channels_last
-from canon.core.nn.layers import Linear
+from canon.core.nn.layers import Conv2d, Linear
 from canon.core.nn.unet import Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding, zero
 
 
@@ -105,7 +105,7 @@ class UNet(nn.Module):
         self.time1, self.time2 = Linear(channels, d_emb), Linear(d_emb, d_emb)
 
         width = channels
-        self.down = nn.ModuleList([Stage(resample=nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.down = nn.ModuleList([Stage(resample=Conv2d(in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level in levels:
             for _ in range(res_blocks):
@@ -127,7 +127,7 @@ class UNet(nn.Module):
                 self.up.append(Stage(res, transformer(level), up))
 
         self.norm_out = GroupNorm(groups, width)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, out_channels, 3, padding=1)
         for module in self.modules():
             if isinstance(module, ResBlock):
                 zero(module.conv2)

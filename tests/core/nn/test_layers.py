@@ -1,6 +1,7 @@
 """Our convolutions and linear maps give PyTorch's numbers, whichever way they are computed, and never stale ones."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def test_which_way_a_convolution_goes(monkeypatch):
         torch.ops.mkldnn, "_convolution_pointwise", lambda *given: calls.append("packed") or packed(*given)
     )
     layer, many, few = Conv2d(16, 16, 3, padding=1), torch.randn(8, 16, 8, 8), torch.randn(1, 16, 8, 8)
+    wide = Conv2d(16, 2**13 + 1, 3, padding=1)
     layer(channels_last(many))
+    wide(channels_last(many))  # many weights: PyTorch's
     layer(channels_last(few))  # too small: PyTorch's
     layer(many)  # another layout: PyTorch's
     Conv2d(16, 16, 3, stride=2, padding=1)(channels_last(many))
@@ -187,18 +190,6 @@ def test_copies_and_files_have_nothing_prepared():
         assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
 
 
-def test_a_large_map_is_done_in_parts(monkeypatch):
-    layer, x = Conv2d(16, 32, 3, padding=1), channels_last(torch.randn(2, 16, 20, 24)).requires_grad_()
-    whole = layer(x)
-    expected = torch.autograd.grad(whole.square().sum(), (x, layer.weight))
-    monkeypatch.setattr(winograd, "FLOATS", 36 * 32 * 7)  # seven of sixty tiles at a time
-    parts = layer(x)
-    found = torch.autograd.grad(parts.square().sum(), (x, layer.weight))
-    assert_close(parts, whole, atol=1e-5, rtol=1e-5)
-    for a, b in zip(found, expected):
-        assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
-
-
 def test_a_linear_map_under_autocast():
     layer, x = Linear(24, 40), torch.randn(2, 3, 24)
     with torch.autocast("cpu", torch.bfloat16), prepared_weights(Prepared()):
@@ -218,19 +209,37 @@ def test_operations_are_counted():
     assert counter.get_total_flops() == 2 * 8 * 64 * 9 * 16 * 16
 
 
-def test_threads_do_not_change_the_transforms():
-    _layer, x = Conv2d(32, 32, 3, padding=1), channels_last(torch.randn(3, 32, 16, 16))
-    threads, found = torch.get_num_threads(), []
+@pytest.mark.parametrize(("before", "after", "side"), [(40, 24, 16), (16, 90, 9), (33, 64, 4)])
+def test_neither_threads_nor_the_cache_change_a_bit(monkeypatch, before, after, side):
+    """Sums are taken in the same order, however many threads share the tiles and however many tiles fit in a cache."""
+    x, g = (channels_last(torch.randn(12, channels, side, side)).requires_grad_() for channels in (before, after))
+    weight, threads, found = torch.randn(after, before, 3, 3, requires_grad=True), torch.get_num_threads(), []
     try:
-        for count in (1, 2):
+        for count, floats, large in ((1, 2**30, 2**30), (2, 2**18, 2**30), (3, 1, 2**30), (5, 1, 1), (2, 2**16, 1)):
+            monkeypatch.setattr(winograd, "FLOATS", floats)
+            monkeypatch.setattr(winograd, "LARGE", large)
             torch.set_num_threads(count)
-            (v, shape), *_ = winograd._parts(x, 32)
-            winograd._call("input", shape, x, v)
-            found.append(v.clone())
+            y = winograd.convolve(x, weight)
+            found.append((y, *torch.autograd.grad(y, (x, weight), g)))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found)
-    assert found[0].isfinite().all()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_a_kernel_is_transformed_as_in_the_paper():
+    """U = G g G^T, G from the Lagrange polynomials at 0, +-3/4, +-3/2 and infinity (section 5.2)."""
+    points = (0.0, 0.75, -0.75, 1.5, -1.5)
+    rows = [[x**k / math.prod(x - y for y in points if y != x) for k in range(3)] for x in points]
+    g = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
+    weight = torch.randn(20, 17, 3, 3)
+    expected = torch.einsum("ya,xb,oiab->yxio", g, g, weight.double()).flatten(0, 1)
+    turned = torch.einsum("ya,xb,oiab->yxoi", g, g, weight.double().flip(2, 3)).flatten(0, 1)
+    for found, wanted in (
+        (winograd.transform_kernel(weight), expected),
+        (winograd.transform_kernel(weight, True), turned),
+    ):
+        assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_without_a_compiler_pytorch_takes_its_place(monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from canon.core.nn import unet
+from canon.core.nn.layers import Prepared, prepared_weights
 from canon.core.nn.unet import (
     GEGLU,
     CrossAttention,
@@ -230,3 +231,28 @@ def test_captured_attention():
     with capture_attention(block) as maps:
         block(torch.randn(1, 4, 8), torch.randn(1, 3, 8))
     assert list(maps) == ["cross_attention"]
+
+
+def test_a_text_is_read_once_by_a_sampler():
+    torch.manual_seed(0)
+    layer, reads = CrossAttention(32, 2, 24), []
+    layer.k.register_forward_hook(lambda *_: reads.append(1))
+    pixels, texts = [torch.randn(2, 9, 32) for _ in range(3)], [torch.randn(2, 5, 24) for _ in range(2)]
+    expected = [[layer(x, text).detach() for text in texts] for x in pixels]
+    reads.clear()
+    with prepared_weights(Prepared()):
+        with torch.no_grad():
+            for text, column in zip(texts, zip(*expected)):
+                for x, wanted in zip(pixels, column):
+                    assert_close(layer(x, text), wanted)
+            assert len(reads) == 2
+            assert_close(layer(pixels[0], texts[0]), expected[0][0])  # another text was read in between
+        texts[0].requires_grad_()
+        layer(pixels[0], texts[0]).sum().backward()
+    assert len(reads) == 4
+    assert texts[0].grad is not None
+    itself = CrossAttention(32, 2, 32)
+    kept = Prepared()
+    with torch.no_grad(), prepared_weights(kept):
+        itself(pixels[0], pixels[0])
+    assert not kept  # pixels are others at every call

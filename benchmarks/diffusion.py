@@ -7,7 +7,7 @@ laptop's (64 and 128 channels, which diffusers can express where the preset's 64
 16 tokens, batch 64). A forward pass, a training step (forward, backward, AdamW) and 20 steps of DPM-Solver++(2M) with
 guidance, in float32 and under autocast to bfloat16. The sides take turns, in an order that alternates; ratios are those
 of neighbours in one round. Each shape and precision is measured in a process of its own, and so is each side's peak
-memory, that of three training steps.
+memory, that of three training steps (the median of three processes).
 """
 
 import argparse
@@ -202,7 +202,8 @@ def measure(rounds: int, threads: int) -> list[dict[str, Any]]:
     for name in SHAPES:
         for dtype in ("float32", "bfloat16"):
             rows += alone(threads, _times, name, dtype, rounds)
-            ours, theirs = (alone(threads, _memory, name, dtype, side) for side in (0, 1))
+            peaks = [[alone(threads, _memory, name, dtype, side) for side in (0, 1)] for _ in range(3)]
+            ours, theirs = map(statistics.median, zip(*peaks))
             row = {"shape": name, "precision": dtype, "task": "training, peak MiB"}
             rows.append(row | {"canon, ms": ours, "diffusers, ms": theirs, "times as fast": theirs / ours})
     return rows

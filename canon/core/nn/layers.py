@@ -68,16 +68,18 @@ class Conv2d(nn.Conv2d):
         wide = min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS and self.stride == (1, 1)
         if wide and (self.kernel_size, self.padding) == ((1, 1), (0, 0)):
             return linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias, self).permute(0, 3, 1, 2)
-        low, kept = torch.is_autocast_enabled("cpu"), _prepared.get()
-        prepares = kept is not None and not _learns(input, weight, bias)
+        low = torch.is_autocast_enabled("cpu")
+        kept = None if _learns(input, weight, bias) else _prepared.get()
         if wide and (self.kernel_size, self.padding) == ((3, 3), (1, 1)) and not low:
             tiles = winograd.tiles(input)
             covered = 16 * tiles <= 1.5 * input.shape[0] * input.shape[2] * input.shape[3]  # not much beyond the map
             pays = covered and tiles >= FEWEST_TILES and weight.numel() <= 9 * MOST_PAIRS
             if pays and winograd.kernel() is not None:
-                u = _once(kept, (self, "transformed"), lambda: winograd.transform_kernel(weight)) if prepares else None
+                if kept is None:
+                    return winograd.convolve(input, weight, bias)
+                u = _once(kept, (self, "transformed"), lambda: winograd.transform_kernel(weight))
                 return winograd.convolve(input, weight, bias, u)
-        if not prepares or not _packs(low):
+        if kept is None or not _packs(low):
             return super().forward(input)
         where = self.padding, self.stride, self.dilation, 1
         dtype = torch.bfloat16 if low else torch.float32
@@ -130,11 +132,12 @@ def linear(
     if _learns(x, weight, bias) or not _packs(low=True):
         return F.linear(x, weight, bias)
 
-    def pack() -> tuple[Tensor, Tensor | None]:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), x.numel() // x.shape[-1])
-        return packed, None if bias is None else bias.detach().bfloat16()
+    def rounded() -> tuple[Tensor, Tensor | None]:  # and not put in order: that costs more than 20 calls save
+        return weight.detach().bfloat16(), None if bias is None else bias.detach().bfloat16()
 
-    return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *_once(kept, (name, torch.bfloat16), pack), "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(
+        x.bfloat16(), *_once(kept, (name, torch.bfloat16), rounded), "none", [], ""
+    )
 
 
 def _ordinary(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

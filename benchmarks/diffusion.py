@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion_samplers import dpm_solver, last
 from canon.core.lab.environment import machine
-from canon.core.nn.layers import Prepared, prepared_weights
 from canon.images.latent_diffusion.unet import UNet
 from canon.images.latent_diffusion.weights import load_unet
 
@@ -103,11 +102,11 @@ def training_step(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callab
 
 
 def forward(model: nn.Module, shape: dict[str, Any], dtype: str) -> Callable[[], None]:
-    """A prediction, as one of those of a sampler."""
-    arguments, run, kept = inputs(shape, shape["batch"]), predict(model), Prepared()
+    """A prediction."""
+    arguments, run = inputs(shape, shape["batch"]), predict(model)
 
     def step() -> None:
-        with torch.inference_mode(), precision(dtype), prepared_weights(kept):
+        with torch.inference_mode(), precision(dtype):
             run(*arguments)
 
     return step

@@ -32,11 +32,12 @@ FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=n
 def serves(*tensors: torch.Tensor) -> bool:
     """Whether kernels of ours may compute with these: plain tensors on the CPU, and nothing watches what is computed.
 
-    Compilers, counters of operations, tensors that only pretend, vmap and functional transforms, and derivatives in
-    forward mode see PyTorch's operations alone.
+    Compilers, tracers, counters of operations, tensors that only pretend, vmap and functional transforms, and
+    derivatives in forward mode see PyTorch's operations alone.
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu for x in tensors)
         and not is_in_torch_dispatch_mode()
         and FUNCTORCH.peek_interpreter_stack() is None

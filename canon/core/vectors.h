@@ -1,5 +1,5 @@
-// Sixteen floats at a time, for the C kernels of this package: GCC's vector extensions (also Clang's), so any processor
-// runs them; AVX-512 gets a few shortcuts.
+// As many floats at a time as a register holds, for the C kernels of this package: GCC's vector extensions (also
+// Clang's), so any processor runs them; AVX-512 gets a few shortcuts. Longer vectors than registers would go by memory.
 
 #pragma once
 #include <math.h>
@@ -9,18 +9,26 @@
 #include <immintrin.h>
 #endif
 
+#ifndef LANES
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
 #define INLINE static inline __attribute__((always_inline))
-typedef float f32 __attribute__((vector_size(64)));
-typedef int32_t i32 __attribute__((vector_size(64)));
-typedef uint32_t u32 __attribute__((vector_size(64)));
-typedef uint16_t u16 __attribute__((vector_size(32)));
-typedef float f32_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t u16_any __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
+typedef float f32_any __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t u16_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define LOAD(p) (*(const f32_any *)(p))
 #define STORE(p, v) (*(f32_any *)(p) = (v))
 
-// Where the vector of 16 from i on begins: earlier where it would reach beyond the end, so that there are no loose ends.
+// Where the vector from i on begins: earlier where it would reach beyond the end, so that there are no loose ends.
 // What is then computed twice is the same both times.
 INLINE int64_t whole(int64_t i, int64_t count) { return i + LANES <= count ? i : count - LANES; }
 
@@ -39,7 +47,7 @@ INLINE u16 to_bf16(f32 v) {
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
 }
 
-// 16 elements from index i on, of bfloat16 if half, else of float32.
+// LANES elements from index i on, of bfloat16 if half, else of float32.
 INLINE f32 load(const char *p, int64_t i, int half) {
     if (half) return from_bf16((const uint16_t *)p + i);
     return LOAD((const float *)p + i);
@@ -49,7 +57,7 @@ INLINE void store(char *p, int64_t i, f32 v, int half) {
     else STORE((float *)p + i, v);
 }
 
-INLINE float sum16(f32 v) {
+INLINE float vsum(f32 v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
 #else
@@ -59,7 +67,7 @@ INLINE float sum16(f32 v) {
 #endif
 }
 
-INLINE float most16(f32 v) {
+INLINE float vmost(f32 v) {
 #ifdef __AVX512F__
     return _mm512_reduce_max_ps((__m512)v);
 #else
@@ -69,7 +77,7 @@ INLINE float most16(f32 v) {
 #endif
 }
 
-INLINE f32 max16(f32 a, f32 b) {
+INLINE f32 vmax(f32 a, f32 b) {
 #ifdef __AVX512F__
     return (f32)_mm512_max_ps((__m512)a, (__m512)b);
 #else
@@ -90,7 +98,7 @@ INLINE f32 inverse(f32 x) {
 
 // exp(x) = 2^n 2^f with n the integer nearest to x / ln 2; 2^f by its Taylor series, relative error below 2e-7. The
 // exponent is kept between -126 and 126, so that the result is a positive, normal number.
-INLINE f32 exp16(f32 x) {
+INLINE f32 vexp(f32 x) {
     f32 t = x * 1.442695041f;
 #ifdef __AVX512F__
     // of two operands of which one is no number, these return the second

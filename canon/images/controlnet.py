@@ -282,14 +282,15 @@ def steered(
     """
     n, copies = len(context) // 2, 1 if guidance == 1 else 2
     rows = n * copies if mode == "both" else n  # with control; the conditional ones come first
+    text, controlled_text = context[: n * copies], context[:rows]  # the same tensors at every step
 
     def predict(z_t: Tensor, t: Tensor) -> Tensor:
         z_t, t = z_t.repeat(copies, 1, 1, 1), t.repeat(copies)
-        parts = zip(*(control(z_t[:rows], t[:rows], context[:rows]) for control in controls))
+        parts = zip(*(control(z_t[:rows], t[:rows], controlled_text) for control in controls))
         sums = [torch.stack(part).sum(0) for part in parts]
         scales = connection_weights(mode, [x.shape[-1] for x in sums])
         sums = [F.pad(w * x, (0,) * 7 + (len(z_t) - rows,)) for w, x in zip(scales, sums)]
-        eps = controlled(unet, z_t, t, context[: n * copies], sums)
+        eps = controlled(unet, z_t, t, text, sums)
         return eps if copies == 1 else diffusion.guide(eps[:n], eps[n:], guidance)
 
     return predict

@@ -31,19 +31,19 @@ INLINE void attend(const char *q, const char *keys, const char *values, int64_t 
         prefetch(values + t * row, row);  // keys and values come from memory at the same time
         f32 product = {0};
         for (int64_t i = 0; i < d; i += LANES) product += load((char *)query, i, 0) * load(keys, t * d + i, half);
-        scores[t] = sum16(product);
+        scores[t] = vsum(product);
         largest = fmaxf(largest, scores[t]);
     }
     for (int64_t t = length; t < length + LANES; t++) scores[t] = -INFINITY;
     f32 sum = {0};
     for (int64_t t = 0; t < length; t += LANES) {
-        f32 weight = exp16(load((char *)scores, t, 0) - largest);
+        f32 weight = vexp(load((char *)scores, t, 0) - largest);
         sum += weight;
         store((char *)scores, t, weight, 0);
     }
     int64_t i = 0;
-    for (; i + 4 * LANES <= d; i += 4 * LANES) weigh(scores, values, length, d, i, 4, 1 / sum16(sum), y, half);
-    for (; i < d; i += LANES) weigh(scores, values, length, d, i, 1, 1 / sum16(sum), y, half);
+    for (; i + 4 * LANES <= d; i += 4 * LANES) weigh(scores, values, length, d, i, 4, 1 / vsum(sum), y, half);
+    for (; i < d; i += LANES) weigh(scores, values, length, d, i, 1, 1 / vsum(sum), y, half);
 }
 
 typedef struct {

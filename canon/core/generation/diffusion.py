@@ -350,7 +350,7 @@ def denoiser(
 ) -> Callable[[Tensor, Levels], Tensor]:
     """What samplers ask for: the predicted x of x_t at one level, without gradients. They take eps from it.
 
-    As long as it is used, the weights of the model stay as they are: they are prepared once.
+    As long as it is used, the weights of the model stay as they are, and so does the text: both are prepared once.
 
     Args:
         model: gets t in float32 (float64 where x_t is).

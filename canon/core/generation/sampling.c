@@ -21,13 +21,13 @@ INLINE float element(const char *p, int64_t i, int half) {
     return x;
 }
 
-// exp(scale (x - largest)) of up to 16 tokens from i on; 0 beyond the vocabulary and where x is minus infinity.
-INLINE f32 weights16(const char *logits, int64_t i, int64_t vocab, float largest, float scale, int half) {
+// exp(scale (x - largest)) of up to LANES tokens from i on; 0 beyond the vocabulary and where x is minus infinity.
+INLINE f32 vweights(const char *logits, int64_t i, int64_t vocab, float largest, float scale, int half) {
     f32 x;
     if (i + LANES <= vocab) x = load(logits, i, half);
     else for (int j = 0; j < LANES; j++) x[j] = i + j < vocab ? element(logits, i + j, half) : -INFINITY;
     i32 real = x != -INFINITY;
-    return (f32)((i32)exp16((x - largest) * scale) & real);
+    return (f32)((i32)vexp((x - largest) * scale) & real);
 }
 
 INLINE void draw_row(const Shape *s, const char *logits, double u, int64_t *token, float *log_probability, int half) {
@@ -37,7 +37,7 @@ INLINE void draw_row(const Shape *s, const char *logits, double u, int64_t *toke
     for (; i + LANES <= vocab; i += LANES) {
         f32 x = load(logits, i, half);
         not_a_number |= x != x;
-        top = max16(x, top);
+        top = vmax(x, top);
     }
     float largest = -INFINITY;
     int bad = 0;
@@ -59,11 +59,11 @@ INLINE void draw_row(const Shape *s, const char *logits, double u, int64_t *toke
     for (int64_t b = 0; b < blocks; b++) {
         f32 sum = {0}, plain = {0};
         for (int64_t k = b * BLOCK; k < (b + 1) * BLOCK && k < vocab; k += LANES) {
-            sum += weights16(logits, k, vocab, largest, s->inverse_temperature, half);
-            if (s->inverse_temperature != 1) plain += weights16(logits, k, vocab, largest, 1, half);
+            sum += vweights(logits, k, vocab, largest, s->inverse_temperature, half);
+            if (s->inverse_temperature != 1) plain += vweights(logits, k, vocab, largest, 1, half);
         }
-        total += sums[b] = sum16(sum);
-        all += s->inverse_temperature != 1 ? sum16(plain) : sums[b];
+        total += sums[b] = vsum(sum);
+        all += s->inverse_temperature != 1 ? vsum(plain) : sums[b];
     }
 
     double target = u * total, before = 0;
@@ -71,7 +71,7 @@ INLINE void draw_row(const Shape *s, const char *logits, double u, int64_t *toke
     while (b < blocks - 1 && before + sums[b] <= target) before += sums[b++];
     for (; chosen < 0; b--)  // by rounding the last block may turn out to hold no weight: then one before it serves
         for (int64_t k = b * BLOCK; k < (b + 1) * BLOCK && k < vocab && before <= target; k += LANES) {
-            f32 weight = weights16(logits, k, vocab, largest, s->inverse_temperature, half);
+            f32 weight = vweights(logits, k, vocab, largest, s->inverse_temperature, half);
             for (int j = 0; j < LANES && before <= target; j++)
                 if (weight[j] > 0) {
                     chosen = k + j;

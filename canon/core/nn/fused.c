@@ -22,7 +22,7 @@ typedef struct {
 static void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *y, float *sums) {
     f32 squares = {0};
     for (int64_t i = 0; i < n; i += LANES) squares += LOAD(x + i) * LOAD(x + i);
-    float scale = 1 / sqrtf(sum16(squares) / n + eps);
+    float scale = 1 / sqrtf(vsum(squares) / n + eps);
     for (int64_t i = 0; i < n; i += LANES) STORE(y + i, LOAD(x + i) * scale * LOAD(weight + i));
     group_sums(y, n, sums);
 }
@@ -36,7 +36,7 @@ static inline void score(int n, const float *q, const uint16_t *keys, int64_t le
             f32 key = from_bf16(keys + i);
             for (int h = 0; h < n; h++) product[h] += LOAD(q + h * d + i) * key;
         }
-        for (int h = 0; h < n; h++) scores[h * stride + t] = sum16(product[h]) * scale;
+        for (int h = 0; h < n; h++) scores[h * stride + t] = vsum(product[h]) * scale;
     }
 }
 
@@ -80,12 +80,12 @@ static void attend(const Model *m, const float *q, const uint16_t *keys, const u
             for (int64_t t = 0; t < length; t++) largest = fmaxf(largest, s[t]);
             for (int64_t t = length; t < stride; t++) s[t] = -INFINITY;  // of weight 2^-126
             for (int64_t t = 0; t < length; t += LANES) {
-                f32 weight = exp16(LOAD(s + t) - largest);
+                f32 weight = vexp(LOAD(s + t) - largest);
                 STORE(s + t, weight);
                 sum += weight;
             }
             r[0] = largest;
-            r[1] = sum16(sum);
+            r[1] = vsum(sum);
         }
 #define WEIGH(n) weigh(n, scores, stride, values + memory, length, d, partial + first * result + 2, result)
         FOR_HEADS(n, WEIGH)
@@ -154,7 +154,7 @@ void decode(const Model *m, float *x, const float *rotation, uint16_t *const *me
             for (int64_t t = from; t < to; t++) {  // silu(gate) * up
                 f32 gate = rows16(&layer->gate_up, t, h, sums);
                 f32 up = rows16(&layer->gate_up, t + m->d_ff / LANES, h, sums);
-                STORE(inner + t * LANES, gate / (1 + exp16(-gate)) * up);
+                STORE(inner + t * LANES, gate / (1 + vexp(-gate)) * up);
             }
 #pragma omp barrier
             group_sums(inner, m->d_ff, sums);

@@ -12,7 +12,7 @@ typedef struct {
 #define BLOCK 64  // pixels
 
 // 1 / (1 + exp(-z))
-INLINE f32 sigmoid(f32 z) { return inverse(1 + exp16(-z)); }
+INLINE f32 sigmoid(f32 z) { return inverse(1 + vexp(-z)); }
 
 // Channels that whole groups and whole vectors fill, so that a few maps keep all threads busy, or all of them.
 static int64_t part(const Shape *s) {
@@ -21,7 +21,7 @@ static int64_t part(const Shape *s) {
     return s->batch >= s->threads || s->channels % n ? s->channels : n;
 }
 
-// Mean and squared deviation from it, summed over the pixels, of 16 channels: of blocks, each in two passes, joined as
+// Mean and squared deviation from it, summed over the pixels, of LANES channels: of blocks, each in two passes, joined as
 // by Chan, Golub and LeVeque (1983), so that neither large means nor outliers cost precision.
 INLINE void moments(const Shape *s, const char *x, int64_t at, float *mean, float *deviation, int half) {
     f32 m = {0}, all = {0};

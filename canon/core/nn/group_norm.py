@@ -88,7 +88,7 @@ def _forward(
     batch, channels, height, width = x.shape
     sizes = (batch, height * width, channels, groups, x.dtype == torch.bfloat16, silu, gain.dim() == 2)
     shape = ShapeStruct(*sizes, torch.get_num_threads(), eps)
-    mean, rstd = torch.empty(batch, channels), torch.empty(batch, channels)
+    mean, rstd = x.new_empty(2, batch, channels, dtype=torch.float32)
     y = torch.empty_like(x)
     _call("group_norm", shape, x, gain, bias, y, mean, rstd)
     return y, mean, rstd, shape

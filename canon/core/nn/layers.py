@@ -47,12 +47,13 @@ def prepared_for(name: Any, x: Tensor, make: Callable[[], Any]) -> Any:
         x: the input, which must not change while weights are prepared.
         make: makes it.
     """
-    kept = _prepared.get()
-    if kept is None or torch.is_grad_enabled():
+    kept = None if torch.is_grad_enabled() else _kept()
+    if kept is None:
         return make()
-    if name not in kept or kept[name][0] is not x:
-        kept[name] = x, make()
-    return kept[name][1]
+    key = name, torch.is_autocast_enabled(x.device.type)
+    if key not in kept or kept[key][0] is not x:
+        kept[key] = x, make()
+    return kept[key][1]
 
 
 class Conv2d(nn.Conv2d):
@@ -69,7 +70,7 @@ class Conv2d(nn.Conv2d):
         if wide and (self.kernel_size, self.padding) == ((1, 1), (0, 0)):
             return linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias, self).permute(0, 3, 1, 2)
         low = torch.is_autocast_enabled("cpu")
-        kept = None if _learns(input, weight, bias) else _prepared.get()
+        kept = None if _learns(input, weight, bias) else _kept()
         if wide and (self.kernel_size, self.padding) == ((3, 3), (1, 1)) and not low:
             tiles = winograd.tiles(input)
             covered = 16 * tiles <= 1.5 * input.shape[0] * input.shape[2] * input.shape[3]  # not much beyond the map
@@ -126,7 +127,7 @@ def linear(
         bias: b.
         name: by which W and b are found, where they are prepared; no other layer's.
     """
-    kept = _prepared.get()
+    kept = _kept()
     if kept is None or not torch.is_autocast_enabled("cpu") or not _ordinary(x, weight, bias):
         return F.linear(x, weight, bias)
     if _learns(x, weight, bias) or not _packs(low=True):
@@ -163,6 +164,10 @@ def _packs(low: bool) -> bool:
 
 def _learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _kept() -> Prepared | None:
+    return None if torch.compiler.is_compiling() else _prepared.get()
 
 
 def _once(kept: Prepared, key: Any, prepare: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-// Attention of narrow heads, and its gradients: softmax(q k^T / sqrt(d)) v in float32, four queries at a time.
+// Attention of narrow and of small heads, and its gradients: softmax(q k^T / sqrt(d)) v in float32, four queries at a time.
 //
 // With five channels a head a matrix product has next to nothing to do, and the map of weights is what costs: here it
 // never leaves the cache. Keys and values are transposed once, so that neighbours in memory are neighbouring keys.
@@ -77,7 +77,7 @@ INLINE float dot(const float *a, const float *b, int64_t d) {
     f32 sums = {0};
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) sums += LOAD(a + i) * LOAD(b + i);
-    float sum = sum16(sums);
+    float sum = vsum(sums);
     for (; i < d; i++) sum += a[i] * b[i];
     return sum;
 }
@@ -141,8 +141,8 @@ static void gather(int64_t d, int64_t n, int64_t count, const float *a, const fl
             }
         }
         for (int r = 0; r < ROWS; r++) {
-            out[r * d + i] += sum16(sum[r][0]);
-            if (i + 1 < d) out[r * d + i + 1] += sum16(sum[r][1]);
+            out[r * d + i] += vsum(sum[r][0]);
+            if (i + 1 < d) out[r * d + i + 1] += vsum(sum[r][1]);
         }
     }
 }
@@ -164,14 +164,14 @@ static void add(int64_t d, int64_t n, int64_t count, const float *a, const float
 INLINE float weigh(float *w, int64_t keys, int64_t count, float *total) {
     for (int64_t j = keys; j < count; j++) w[j] = -INFINITY;
     f32 most = LOAD(w), sum = {0};
-    for (int64_t j = LANES; j < count; j += LANES) most = max16(most, LOAD(w + j));
-    float largest = most16(most);
+    for (int64_t j = LANES; j < count; j += LANES) most = vmax(most, LOAD(w + j));
+    float largest = vmost(most);
     for (int64_t j = 0; j < count; j += LANES) {
-        f32 weight = exp16(LOAD(w + j) - largest);
+        f32 weight = vexp(LOAD(w + j) - largest);
         sum += weight;
         STORE(w + j, weight);
     }
-    *total = sum16(sum);
+    *total = vsum(sum);
     return largest;
 }
 
@@ -216,7 +216,7 @@ INLINE int forward(const Shape *s, const char *q, const char *k, const char *v, 
 INLINE void through_softmax(float *w, float *dw, int64_t keys, int64_t count, float lse, float sum) {
     for (int64_t j = keys > 0 ? keys : 0; j < count; j++) w[j] = -INFINITY;
     for (int64_t j = 0; j < count; j += LANES) {
-        f32 weight = exp16(LOAD(w + j) - lse);
+        f32 weight = vexp(LOAD(w + j) - lse);
         STORE(w + j, weight);
         STORE(dw + j, weight * (LOAD(dw + j) - sum));
     }

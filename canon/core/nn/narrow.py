@@ -83,7 +83,7 @@ class _Narrow(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v, y, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (q, k, v))
+        dq, dk, dv = (x.new_empty_strided(x.shape, x.stride()) for x in (q, k, v))
         _call("attend_narrow_backward", q, k, v, y, dy.contiguous(), lse, dq, dk, dv)
         return dq, dk, dv
 

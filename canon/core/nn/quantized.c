@@ -5,6 +5,7 @@
 // One vector register thus holds the same columns of 16 rows: its lanes are 16 running sums, the input is broadcast,
 // and nothing is ever summed across lanes. Weights are unpacked to float32 and never rounded, nor are the inputs.
 
+#define LANES 16  // rows of a tile, whatever registers hold
 #include "../vectors.h"
 #ifdef _OPENMP
 #include <omp.h>

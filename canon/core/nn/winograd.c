@@ -16,18 +16,13 @@
 #include "../vectors.h"
 
 // Rows times vectors of a product whose sums a processor has registers for.
-#ifdef __AVX512F__
-#define ROWS 8
 #define WIDE 2
-#else
-#define ROWS 4
-#define WIDE 1
-#endif
+#define ROWS (LANES == 16 ? 8 : 4)
 #define PANEL (WIDE * LANES)
 #define APART LANES  // between the 36: were they 4,096 bytes apart, all would fall upon the same lines of the cache
 
 typedef struct {
-    int64_t height, width, channels, others, tiles, each, groups, other_groups, threads;
+    int64_t height, width, channels, others, tiles, block, groups, other_groups, threads;
 } Shape;
 
 #define A 0.75f
@@ -96,7 +91,7 @@ INLINE Tile tile(const Shape *s, int64_t i) {
     return (Tile){i / each * s->height * s->width, i % each / across * 4, i % across * 4};
 }
 
-// 16 channels of a pixel from c on; what lies outside of the map is zero.
+// LANES channels of a pixel from c on; what lies outside of the map is zero.
 INLINE f32 pixel(const Shape *s, const float *x, int64_t channels, Tile t, int64_t y, int64_t z, int64_t c) {
     f32 nothing = {0};
     y += t.row, z += t.column;
@@ -104,7 +99,7 @@ INLINE f32 pixel(const Shape *s, const float *x, int64_t channels, Tile t, int64
     return LOAD(x + (t.at + y * s->width + z) * channels + c);
 }
 
-// V = B^T d B of the 6 x 6 pixels around a tile, 16 channels from c on; `stride` is that from one of the 36 to the next.
+// V = B^T d B of the 6 x 6 pixels around a tile, LANES channels from c on; `stride` is that from one of the 36 to the next.
 INLINE void transform_input(const Shape *s, const float *x, Tile t, int64_t c, float *v, int64_t stride) {
     f32 columns[6][6], across[6], made[6];
     for (int z = 0; z < 6; z++) {
@@ -199,29 +194,27 @@ INLINE void multiply_all(const Shape *s, int64_t rows, const float *v, const flo
     for (; r < rows; r++) multiply(s, v + r * s->channels, u, at, m + r * PANEL, 1, wide);
 }
 
-// y (batch, height, width, others) <- x, convolved by the kernel whose transform is u, and the bias, if there is one.
-// Tiles are taken `each` at a time, by so many threads as `other_groups`, each for some of their other channels.
+// y (batch, height, width, others) <- x, convolved by the kernel whose transform is u, and the bias, if there is one;
+// a thread takes a block of tiles at a time.
 int convolve(const Shape *s, const float *x, const float *u, const float *bias, float *y) {
-    int64_t blocks = (s->tiles + s->each - 1) / s->each, panels = (s->others + PANEL - 1) / PANEL;
-    int64_t v_stride = s->each * s->channels + APART, m_stride = s->each * PANEL + APART;
+    int64_t v_stride = s->block * s->channels + APART, m_stride = s->block * PANEL + APART;
     int failed = 0;
 #pragma omp parallel num_threads(s->threads)
     {
         float *v = malloc(36 * (v_stride + m_stride) * sizeof(float)), *m = v + 36 * v_stride;
         if (!v) failed = 1;
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < blocks * s->other_groups; item++) {
+        for (int64_t first = 0; first < s->tiles; first += s->block) {
             if (!v) continue;
-            int64_t first = item % blocks * s->each, group = item / blocks;
-            int64_t rows = s->tiles - first < s->each ? s->tiles - first : s->each;
+            int64_t rows = s->tiles - first < s->block ? s->tiles - first : s->block;
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t k = 0, c; k < s->channels; k += LANES) {
                     c = whole(k, s->channels);
                     transform_input(s, x, tile(s, first + i), c, v + i * s->channels + c, v_stride);
                 }
-            for (int64_t p = panels * group / s->other_groups; p < panels * (group + 1) / s->other_groups; p++) {
-                int64_t at[WIDE], wide = 0;
-                for (int64_t c = p * PANEL; wide < WIDE && c < s->others; c += LANES) at[wide++] = whole(c, s->others);
+            for (int64_t panel = 0; panel < s->others; panel += PANEL) {
+                int64_t at[WIDE] = {0}, wide = 0;
+                for (int64_t c = panel; wide < WIDE && c < s->others; c += LANES) at[wide++] = whole(c, s->others);
                 for (int e = 0; e < 36; e++) {
                     const float *left = v + e * v_stride, *right = u + e * s->channels * s->others;
                     if (wide == WIDE) multiply_all(s, rows, left, right, at, m + e * m_stride, WIDE);
@@ -252,8 +245,8 @@ INLINE void multiply_back(int64_t tiles, const float *d, int64_t n, const float 
         for (int w = 0; w < wide; w++) STORE(du + r * m + w * LANES, sum[r][w]);
 }
 
-// dg (others, channels, 3, 3), the gradient of the kernel, from x and dy. Each of groups x other_groups threads makes
-// some of its channels and other channels, for all tiles, `each` at a time.
+// dg (others, channels, 3, 3), the gradient of the kernel, from x and dy: each of groups x other_groups threads makes that
+// of some channels and other channels, from all tiles, a block at a time.
 int convolve_backward(const Shape *s, const float *x, const float *dy, float *dg) {
     int64_t vectors = (s->channels + LANES - 1) / LANES, others = (s->others + LANES - 1) / LANES, failed = 0;
 #pragma omp parallel for schedule(static) num_threads(s->threads)
@@ -262,15 +255,15 @@ int convolve_backward(const Shape *s, const float *x, const float *dy, float *dg
         int64_t from = vectors * group / s->groups, m = vectors * (group + 1) / s->groups * LANES - from * LANES;
         int64_t start = others * other / s->other_groups;
         int64_t n = others * (other + 1) / s->other_groups * LANES - start * LANES;
-        int64_t v_stride = s->each * m + APART, d_stride = s->each * n + APART;
+        int64_t v_stride = s->block * m + APART, d_stride = s->block * n + APART;
         float *du = calloc(36 * (n * m + v_stride + d_stride), sizeof(float));
         float *v = du + 36 * n * m, *d = v + 36 * v_stride;
         if (!du) {
             failed = 1;
             continue;
         }
-        for (int64_t first = 0; first < s->tiles; first += s->each) {
-            int64_t rows = s->tiles - first < s->each ? s->tiles - first : s->each;
+        for (int64_t first = 0; first < s->tiles; first += s->block) {
+            int64_t rows = s->tiles - first < s->block ? s->tiles - first : s->block;
             for (int64_t i = 0; i < rows; i++) {
                 Tile t = tile(s, first + i);
                 for (int64_t k = 0; k < m; k += LANES)

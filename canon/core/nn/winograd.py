@@ -13,11 +13,9 @@ from torch import Tensor
 
 from canon.core import native
 
-FIELDS = ("height", "width", "channels", "others", "tiles", "each", "groups", "other_groups", "threads")
-FLOATS = 2**18  # of the transforms of tiles that a thread takes at a time, which stay in its cache
-LARGE = 2**21  # floats of a transformed kernel, which threads rather share than read each for itself
-ROWS = 8  # tiles, or a multiple, whose products are made at once
-LANES = 16  # channels
+FIELDS = ("height", "width", "channels", "others", "tiles", "block", "groups", "other_groups", "threads")
+FLOATS = 2**18  # of the transformed tiles that a thread takes at a time, which stay in its cache
+ROWS = 8  # tiles, or a part of them, whose products are made at once
 
 
 class ShapeStruct(ctypes.Structure):
@@ -90,26 +88,23 @@ class _Winograd(torch.autograd.Function):
 def _convolve(
     x: Tensor, u: Float[Tensor, "36 before after"], bias: Tensor | None = None
 ) -> Float[Tensor, "batch after height width"]:
-    y = torch.empty((x.shape[0], u.shape[2], *x.shape[2:]), memory_format=torch.channels_last)
+    shape, layout = (x.shape[0], u.shape[2], *x.shape[2:]), torch.channels_last
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     threads = torch.get_num_threads()
-    blocks = -(-tiles(x) // _rows_in_cache(u.shape[1]))
-    if blocks > 1 and u.numel() < LARGE:  # the same number for each thread
-        blocks = -(-blocks // threads) * threads
-    each = -(-tiles(x) // (blocks * ROWS)) * ROWS
-    groups = max(1, threads if u.numel() >= LARGE else threads // -(-tiles(x) // each))
-    sizes = (*x.shape[2:], *u.shape[1:], tiles(x), each, 1, groups, threads)
+    blocks = -(-tiles(x) // (_rows_in_cache(u.shape[1]) * threads)) * threads  # the same number for each thread
+    block = -(-tiles(x) // (blocks * ROWS)) * ROWS
+    sizes = (*x.shape[2:], *u.shape[1:], tiles(x), block, 1, 1, threads)
     _call("convolve", sizes, x, u, None if bias is None else bias.contiguous(), y)
     return y
 
 
 def _convolve_backward(x: Tensor, dy: Tensor) -> Float[Tensor, "after before 3 3"]:
     before, after, threads = x.shape[1], dy.shape[1], torch.get_num_threads()
-    dweight = torch.empty(after, before, 3, 3)
-    groups = min(threads, -(-before // (2 * LANES)))
-    other_groups = max(1, min(threads // groups, -(-after // LANES)))
-    each = _rows_in_cache(before // groups + after // other_groups)
-    each = min(each, tiles(x))
-    sizes = (*x.shape[2:], before, after, tiles(x), each, groups, other_groups, threads)
+    dweight = x.new_empty(after, before, 3, 3)
+    groups = min(threads, -(-before // 32))
+    other_groups = min(threads // groups, -(-after // 16))
+    block = min(tiles(x), _rows_in_cache(before // groups + after // other_groups))
+    sizes = (*x.shape[2:], before, after, tiles(x), block, groups, other_groups, threads)
     _call("convolve_backward", sizes, x, dy, dweight)
     return dweight
 

@@ -110,3 +110,10 @@ def test_what_it_does_not_serve_goes_another_way(monkeypatch):
         assert_close(attend(x, x, x), found, atol=1e-6, rtol=1e-5)
     finally:
         narrow.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("kernels", ["x86-64", "haswell"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys", "d"), [(7, 5, 5), (13, 77, 10), (6, 17, 20)])
+def test_processors_with_other_registers(kernels, queries, keys, d, dtype):
+    test_outputs_and_gradients(queries, keys, d, dtype, True)

@@ -101,6 +101,7 @@ def _convolve(
 def _convolve_backward(x: Tensor, dy: Tensor) -> Float[Tensor, "after before 3 3"]:
     before, after, threads = x.shape[1], dy.shape[1], torch.get_num_threads()
     dweight = x.new_empty(after, before, 3, 3)
+    # each thread makes a part of the kernel: of at least 32 channels that come in, if there are as many, and 16 others
     groups = min(threads, -(-before // 32))
     other_groups = min(threads // groups, -(-after // 16))
     block = min(tiles(x), _rows_in_cache(before // groups + after // other_groups))

@@ -95,6 +95,12 @@ def load_functions(
     return compiled
 
 
+def call(library: ctypes.CDLL | None, name: str, shape: ctypes.Structure, *tensors: torch.Tensor | None) -> Any:
+    """Call a function of `load_functions` with a structure and with where tensors begin; None is a null pointer."""
+    pointers = (None if x is None else x.data_ptr() for x in tensors)
+    return getattr(library, name)(ctypes.byref(shape), *pointers)
+
+
 def _with_included(source: Path) -> list[Path]:
     """The file, and the files of ours that it includes."""
     names = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)

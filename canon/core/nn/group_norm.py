@@ -90,7 +90,7 @@ def _forward(
     shape = ShapeStruct(*sizes, torch.get_num_threads(), eps)
     mean, rstd = x.new_empty(2, batch, channels, dtype=torch.float32)
     y = torch.empty_like(x)
-    _call("group_norm", shape, x, gain, bias, y, mean, rstd)
+    native.call(kernel(), "group_norm", shape, x, gain, bias, y, mean, rstd)
     return y, mean, rstd, shape
 
 
@@ -108,11 +108,8 @@ class _GroupNorm(torch.autograd.Function):
         dx, dgain, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
         dy = dy.contiguous(memory_format=torch.channels_last)
         means = mean.new_empty(2, *mean.shape)
-        _call("group_norm_backward", ctx.shape, x, gain, bias, mean, rstd, dy, dx, dgain, dbias, means)
+        sums = dx, dgain, dbias, means
+        native.call(kernel(), "group_norm_backward", ctx.shape, x, gain, bias, mean, rstd, dy, *sums)
         if gain.dim() == 1:
             dgain, dbias = dgain.sum(0), dbias.sum(0)
         return dx, dgain, dbias, None, None, None
-
-
-def _call(name: str, shape: ShapeStruct, *tensors: Tensor) -> None:
-    getattr(kernel(), name)(ctypes.byref(shape), *(x.data_ptr() for x in tensors))

@@ -91,5 +91,5 @@ class _Narrow(torch.autograd.Function):
 def _call(name: str, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *others: Tensor) -> None:
     sizes = (*q.shape[:3], k.shape[2], q.shape[3], q.dtype == torch.bfloat16, torch.get_num_threads())
     shape = ShapeStruct(*sizes, *((N * 3)(*x.stride()[:3]) for x in (q, k, v, y.transpose(1, 2))))
-    if getattr(kernel(), name)(ctypes.byref(shape), *(x.data_ptr() for x in (q, k, v, y, *others))):
+    if native.call(kernel(), name, shape, q, k, v, y, *others):
         raise MemoryError(f"no memory to attend to {k.shape[2]:,} keys")

@@ -115,6 +115,5 @@ def _rows_in_cache(channels: int) -> int:
 
 
 def _call(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
-    pointers = (None if x is None else x.data_ptr() for x in tensors)
-    if getattr(kernel(), name)(ctypes.byref(ShapeStruct(*sizes)), *pointers):
+    if native.call(kernel(), name, ShapeStruct(*sizes), *tensors):
         raise MemoryError(f"no memory to convolve maps of {sizes[2]:,} channels")

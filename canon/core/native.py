@@ -12,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ FUNCTORCH = vars(torch._C)["_functorch"]  # of vmap and functional transforms; t
 
 # The first set of flags that the compiler accepts is used: this processor's instructions, threads.
 FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+LOCK = threading.Lock()  # of the thread that compiles or loads
 
 
 def serves(*tensors: torch.Tensor) -> bool:
@@ -56,23 +59,21 @@ def load_c(source: Path) -> ctypes.CDLL | None:
         The library, or None if there is no compiler, it fails (which is said on stderr), the cache folder cannot be
         written, or `$CANON_NATIVE` is 0.
     """
-    compiler = shlex.split(os.environ.get("CC") or "cc")  # it may be "ccache gcc"
-    if shutil.which(compiler[0]) is None or os.environ.get("CANON_NATIVE") == "0":
-        return None
-    # A cache folder may be shared by machines, and native instructions of one may be unknown to another.
-    key = hashlib.sha256(f"{compiler} {_processor()} {Path(__file__).read_text()}".encode())
-    for file in _with_included(source):
-        key.update(file.read_bytes())
-    library = cache_home() / "native" / f"{source.stem}-{key.hexdigest()[:20]}.so"
     try:
-        if not library.is_file():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            errors = [_compile([*compiler, *flags], source, library) for flags in FLAGS if not library.is_file()]
-            if not library.is_file():
-                print(f"{source.name} does not compile here, PyTorch takes its place: {errors[-1]}", file=sys.stderr)
-                return None
-        return ctypes.CDLL(str(library))
-    except OSError:  # a cache folder that cannot be written, or from which nothing may be executed
+        compiler = shlex.split(os.environ.get("CC") or "cc")  # it may be "ccache gcc"
+        if not compiler or shutil.which(compiler[0]) is None or os.environ.get("CANON_NATIVE") == "0":
+            return None
+        # A cache folder may be shared by machines, and native instructions of one may be unknown to another.
+        key = hashlib.sha256(f"{compiler} {_processor()} {Path(__file__).read_text()}".encode())
+        for file in _with_included(source):
+            key.update(file.read_bytes())
+        with LOCK:
+            library = _own_folder() / f"{source.stem}-{key.hexdigest()[:20]}.so"
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError:  # not there yet, or damaged
+                return _compile(compiler, source, library)
+    except (OSError, ValueError, RuntimeError):  # nothing to be written here, unbalanced quotes in $CC, or no home
         return None
 
 
@@ -101,39 +102,87 @@ def call(library: ctypes.CDLL | None, name: str, shape: ctypes.Structure, *tenso
     return getattr(library, name)(ctypes.byref(shape), *pointers)
 
 
+def differentiable(
+    formula: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], dy: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients that have gradients themselves, for the backward pass of a kernel when a graph is made of it.
+
+    Args:
+        formula: what the kernel computes, by PyTorch.
+        inputs: of the formula, as saved by the forward pass.
+        dy: gradient of its output.
+
+    Returns:
+        The gradient of each input; None where none is needed.
+    """
+    apart = [None if x is None else x.view_as(x) for x in inputs]  # one tensor may be several inputs
+    wanted = [x for x in apart if x is not None and x.requires_grad]
+    with torch.autocast(dy.device.type, enabled=False):
+        found = iter(torch.autograd.grad(formula(*apart), wanted, dy, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in apart)
+
+
 def _with_included(source: Path) -> list[Path]:
     """The file, and the files of ours that it includes."""
     names = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
     return [source, *(file for name in names for file in _with_included(source.parent / name))]
 
 
-def _compile(compiler: Sequence[str], source: Path, library: Path) -> str:
+def _own_folder() -> Path:
+    """Where libraries are kept, of this user only: who could write there, could have any code run.
+
+    Raises:
+        PermissionError: it belongs to someone else, or others may write there.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = cache_home() / f"native-{user}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if hasattr(os, "getuid") and (found.st_uid != user or found.st_mode & 0o022):
+        print(f"{folder} can be written by others: PyTorch takes the place of our kernels", file=sys.stderr)
+        raise PermissionError(folder)
+    return folder
+
+
+def _compile(compiler: Sequence[str], source: Path, library: Path) -> ctypes.CDLL | None:
+    """Make a library by the first flags with which it compiles and loads; says so if there are none."""
+    error = ""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # no other process, nor container, shares it
+        for number, flags in enumerate(FLAGS):
+            made = Path(folder) / f"{number}.so"
+            error = _build([*compiler, *flags], source, made)
+            if not error:
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(made, library)  # whole or not at all, even if several processes compile at once
+                if "-fopenmp" not in flags:
+                    print(f"{source.name} is compiled without OpenMP, so it runs on one thread", file=sys.stderr)
+                return ctypes.CDLL(str(library))
+    print(f"{source.name} does not compile or load here, PyTorch takes its place: {error}", file=sys.stderr)
+    return None
+
+
+def _build(compiler: Sequence[str], source: Path, library: Path) -> str:
     """Make the library if these flags are understood and it can be loaded; returns the first line of what is wrong.
 
     OpenMP is asked for when compiling and not when linking: its symbols are then found in the runtime that PyTorch has
     loaded. Two runtimes would have two pools of threads, and the threads of one wait, spinning, on the cores of the
     other.
     """
-    thing = library.with_suffix(f".{os.getpid()}.o")
-    temporary = library.with_suffix(f".{os.getpid()}.so")
+    thing = library.with_suffix(".o")
+    for command in (
+        [*compiler, "-O3", "-fPIC", "-c", str(source), "-o", str(thing)],
+        [*compiler, "-shared", str(thing), "-o", str(library), "-lm"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+            return next((line for line in lines if "error" in line), lines[0])
     try:
-        for command in (
-            [*compiler, "-O3", "-fPIC", "-c", str(source), "-o", str(thing)],
-            [*compiler, "-shared", str(thing), "-o", str(temporary), "-lm"],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-            if done.returncode:
-                lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-                return next((line for line in lines if "error" in line), lines[0])
-        try:
-            ctypes.CDLL(str(temporary))
-        except OSError as error:
-            return str(error)
-        os.replace(temporary, library)  # whole or not at all, even if several processes compile at once
-        return ""
-    finally:
-        thing.unlink(missing_ok=True)
-        temporary.unlink(missing_ok=True)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _processor() -> str:

@@ -40,17 +40,26 @@ INLINE u32 widen(u16 v) {
 #endif
 }
 
-// bfloat16 is the upper half of a float32; rounding is to the nearest, ties to even.
+// bfloat16 is the upper half of a float32; rounding is to the nearest, ties to even. No number stays no number, which
+// rounding might turn into -0.
 INLINE f32 from_bf16(const uint16_t *p) { return (f32)(widen(*(const u16_any *)p) << 16); }
 INLINE u16 to_bf16(f32 v) {
-    u32 bits = (u32)v;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16);
+    u32 bits = (u32)v, number = (u32)(v == v);
+    bits = (bits + (number & (0x7fff + ((bits >> 16) & 1)))) | (~number & 0x400000);
+    return __builtin_convertvector(bits >> 16, u16);
 }
 
-// LANES elements from index i on, of bfloat16 if half, else of float32.
+// LANES elements from index i on, or one, of bfloat16 if half, else of float32.
 INLINE f32 load(const char *p, int64_t i, int half) {
     if (half) return from_bf16((const uint16_t *)p + i);
     return LOAD((const float *)p + i);
+}
+INLINE float element(const char *p, int64_t i, int half) {
+    if (!half) return ((const float *)p)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 INLINE void store(char *p, int64_t i, f32 v, int half) {
     if (half) *(u16_any *)((uint16_t *)p + i) = to_bf16(v);

@@ -16,6 +16,7 @@ from canon.core import native
 from canon.core.data import assets, text
 from canon.core.errors import UserError
 from canon.core.generation.decode import Sampling, generate
+from canon.core.generation.sampling import sample_with_log_probability
 from canon.core.hub import llama_layouts as layouts
 from canon.core.hub.gguf import GGUF
 from canon.core.hub.pretrained import save_pretrained
@@ -327,6 +328,47 @@ def test_fused_decoding_needs_no_particular_number_of_threads(tmp_path: Path):
         torch.set_num_threads(before)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-4)
+
+
+@needs_compiler
+def test_a_default_type_changes_nothing(tmp_path: Path):
+    """In C, everything is float32: with memory of another type it would write beyond the end."""
+    model, _ = llama.from_pretrained(write_gguf(tmp_path / "model.gguf", "Q4_1"), "fast")
+    packed, x, token, logits = model.head.matrix, torch.randn(128), torch.tensor([[5]]), torch.randn(4, 96)
+    uniform, found = torch.rand(4, 2, dtype=torch.float64), []
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            with torch.inference_mode():
+                decoded = model(token, model.new_cache(1, 64))
+                drawn = sample_with_log_probability(logits, logits, uniform, Sampling(max_tokens=1))
+                found.append([packed.times(x), decoded, *drawn])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for other in found[1:]:
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(other, found[0]))
+
+
+@needs_compiler
+def test_fused_decoding_outlives_a_change_of_type(tmp_path: Path):
+    model, _ = llama.from_pretrained(write_gguf(tmp_path / "model.gguf", "Q4_1"), "fast")
+    token = torch.tensor([[5]])
+    with torch.inference_mode():
+        before = model(token, model.new_cache(1, 64))
+    model.to(torch.float64)
+    with torch.inference_mode():
+        assert torch.equal(model(token, model.new_cache(1, 64)), before)
+
+
+@needs_compiler
+def test_a_packed_layer_keeps_shapes_and_gradients(tmp_path: Path):
+    model, _ = llama.from_pretrained(write_gguf(tmp_path / "model.gguf", "Q4_1"), "fast")
+    with pytest.raises(RuntimeError):
+        model.head(torch.randn(1, 2, 64))  # as many numbers as a row of 128
+    x = torch.randn(1, 128, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.head(x).float().sum(), x)
+    dense = model.head.matrix.take(torch.arange(96))
+    torch.testing.assert_close(gradient[0], dense.sum(0), atol=0.02 * float(dense.sum(0).abs().max()), rtol=0.02)
 
 
 def test_without_a_compiler_the_model_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,17 +23,13 @@ class ShapeStruct(ctypes.Structure):
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled attention.c; None where there is no C compiler."""
-    compiled = native.load_c(Path(__file__).with_name("attention.c"))
-    if compiled is not None:
-        compiled.attend_one.argtypes = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * 7]
-        compiled.attend_one.restype = None
-    return compiled
+    return native.load_functions(Path(__file__).with_name("attention.c"), ShapeStruct, {"attend_one": 7})
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> bool:
     """Whether the kernel can serve these: on a CPU, no gradients, float32 or bfloat16, heads of whole vectors."""
     return (
-        keys.device.type == "cpu"
+        native.serves(q, k, v, keys)
         and q.dtype == k.dtype == v.dtype == keys.dtype
         and q.dtype in (torch.float32, torch.bfloat16)
         and q.shape[-1] % 16 == 0
@@ -54,8 +50,6 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, le
         values: like keys.
         lengths: (batch,), keys and values that each row holds.
     """
-    compiled = kernel()
-    assert compiled is not None
     batch, heads, _, d_head = q.shape
     shape = ShapeStruct(
         batch,
@@ -65,6 +59,5 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, le
         *(q.dtype == torch.bfloat16, torch.get_num_threads()),
     )
     y = q.new_empty(batch, 1, heads, d_head)
-    tensors = (q, k, v, keys, values, lengths, y)
-    compiled.attend_one(ctypes.byref(shape), *(tensor.data_ptr() for tensor in tensors))
+    native.call(kernel(), "attend_one", shape, q, k, v, keys, values, lengths, y)
     return y.transpose(1, 2)

@@ -13,14 +13,6 @@ typedef struct {
     float inverse_temperature;
 } Shape;
 
-INLINE float element(const char *p, int64_t i, int half) {
-    if (!half) return ((const float *)p)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 // exp(scale (x - largest)) of up to LANES tokens from i on; 0 beyond the vocabulary and where x is minus infinity.
 INLINE f32 vweights(const char *logits, int64_t i, int64_t vocab, float largest, float scale, int half) {
     f32 x;

@@ -165,7 +165,7 @@ def sample_with_log_probability(
     """
     filtered = 0 < sampling.top_k < logits.shape[-1] or sampling.top_p < 1 or sampling.min_p > 0
     plain = scores is logits and sampling.temperature > 0 and not filtered
-    if plain and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and kernel():
+    if plain and native.serves(logits, uniform) and logits.dtype in (torch.float32, torch.bfloat16) and kernel():
         return _draw_compiled(logits, uniform, sampling.temperature)
     tokens = sample(scores, uniform, sampling)
     return tokens, log_probability(logits, tokens)
@@ -189,25 +189,19 @@ class ShapeStruct(ctypes.Structure):
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled sampling.c; None where there is no C compiler."""
-    compiled = native.load_c(Path(__file__).with_name("sampling.c"))
-    if compiled is not None:
-        compiled.draw.argtypes = [ctypes.POINTER(ShapeStruct), *[ctypes.c_void_p] * 4]
-        compiled.draw.restype = None
-    return compiled
+    return native.load_functions(Path(__file__).with_name("sampling.c"), ShapeStruct, {"draw": 4})
 
 
 def _draw_compiled(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    compiled = kernel()
-    assert compiled is not None
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     uniform = uniform.contiguous()
     rows, vocab = logits.shape
-    tokens, log_probs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    tokens = torch.empty(rows, dtype=torch.long, device="cpu")
+    log_probs = torch.empty(rows, dtype=torch.float32, device="cpu")  # whatever the default is
     inverse = min(1 / temperature, 1e30)  # of the smallest temperatures it would be infinite
     half, threads = logits.dtype == torch.bfloat16, torch.get_num_threads()
     shape = ShapeStruct(rows, vocab, logits.stride(0), half, threads, inverse)
-    tensors = (logits, uniform, tokens, log_probs)
-    compiled.draw(ctypes.byref(shape), *(tensor.data_ptr() for tensor in tensors))
+    native.call(kernel(), "draw", shape, logits, uniform, tokens, log_probs)
     return tokens, log_probs
 
 

@@ -77,6 +77,7 @@ class FusedDecoder:
         rotation: Float[Tensor, "context pairs 2"],
     ):
         self._decode = compiled.decode
+        final_norm = final_norm.detach()  # of a parameter, `module.to` would free the memory
         self._kept = (layers, final_norm, head)  # what the pointers below point to
         self._embedding, self._rotation, self._vocab_size = embedding, rotation.flatten(1), head.rows
         self._layers = (LayerStruct * len(layers))(
@@ -91,7 +92,7 @@ class FusedDecoder:
         memory = cache.reserve(1)
         pointers = (P * len(memory))(*[slot.data_ptr() for slot in memory])
         x = self._embedding.take(tokens).contiguous()
-        logits = torch.empty(1, 1, self._vocab_size)
+        logits = torch.empty(1, 1, self._vocab_size, dtype=torch.float32, device="cpu")
         self._decode(
             ctypes.byref(self._model),
             x.data_ptr(),

@@ -44,8 +44,6 @@ class GroupNorm(nn.GroupNorm):
     ) -> Float[Tensor, "batch channels height width"]:
         """GroupNorm(x) (1 + scale) + shift (Wu and He 2018, Eq. 7), and SiLU of that if asked for.
 
-        It has first gradients only where the map's channels are neighbours in memory.
-
         Args:
             input: the map.
             film: scale and shift of each map's channels (Perez et al. 2018, arXiv 1709.07871).
@@ -102,9 +100,18 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, gain, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def formula(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+                y = F.group_norm(x.float(), ctx.shape.groups, eps=ctx.shape.eps)
+                y = y * gain[..., None, None] + bias[..., None, None]
+                return (F.silu(y) if ctx.shape.silu else y).to(x.dtype)
+
+            return *native.differentiable(formula, (x, gain, bias), dy), None, None, None
+        x = x.contiguous(memory_format=torch.channels_last)  # a hook may have saved it, and the others
+        gain, bias, mean, rstd = (value.contiguous() for value in (gain, bias, mean, rstd))
         dx, dgain, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
         dy = dy.contiguous(memory_format=torch.channels_last)
         means = mean.new_empty(2, *mean.shape)

@@ -57,7 +57,7 @@ def prepared_for(name: Any, x: Tensor, make: Callable[[], Any]) -> Any:
 
 
 class Conv2d(nn.Conv2d):
-    """PyTorch's; maps whose channels are neighbours in memory go a faster way, which has first gradients only."""
+    """PyTorch's; maps whose channels are neighbours in memory go a faster way."""
 
     def forward(
         self, input: Float[Tensor, "batch in_channels height width"]

@@ -17,14 +17,6 @@ typedef struct {
     int64_t q[3], k[3], v[3], y[3];  // strides of batch, head and position, in elements; channels are neighbours
 } Shape;
 
-INLINE float element(const char *p, int64_t i, int half) {
-    if (!half) return ((const float *)p)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 INLINE void put(char *p, int64_t i, float value, int half) {
     f32 v = {value};
     if (half) ((uint16_t *)p)[i] = to_bf16(v)[0];

@@ -54,10 +54,19 @@ def attend_narrow(
     k: Float[Tensor, "batch heads keys d_head"],
     v: Float[Tensor, "batch heads keys d_head"],
 ) -> Float[Tensor, "batch heads queries d_head"]:
-    """softmax(q k^T / sqrt(d_head)) v. It has first gradients only, and neither vmap nor functional transforms."""
+    """softmax(q k^T / sqrt(d_head)) v. It has neither vmap nor functional transforms."""
     q, k, v = map(_dense, (q, k, v))
     y = _Narrow.apply(q, k, v) if torch.is_grad_enabled() else _forward(q, k, v)[0]
     return y.transpose(1, 2)
+
+
+def written_out(
+    q: Float[Tensor, "*heads queries d_head"],
+    k: Float[Tensor, "*heads keys d_head"],
+    v: Float[Tensor, "*heads keys d_head"],
+) -> Float[Tensor, "*heads queries d_head"]:
+    """The same by PyTorch, of which any derivative can be taken."""
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -80,9 +89,11 @@ class _Narrow(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v, y, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return native.differentiable(written_out, (q, k, v), dy.transpose(1, 2))
+        (q, k, v), y, lse = map(_dense, (q, k, v)), y.contiguous(), lse.contiguous()  # a hook may have saved them
         dq, dk, dv = (x.new_empty_strided(x.shape, x.stride()) for x in (q, k, v))
         _call("attend_narrow_backward", q, k, v, y, dy.contiguous(), lse, dq, dk, dv)
         return dq, dk, dv

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import BFloat16, Float, Int, UInt8
 from torch import Tensor, nn
 
+from canon.core import native
 from canon.core.hub.gguf import GGUFTensor
 
 TYPES = {"Q4_1": (3, 20), "Q8_0": (8, 34)}
@@ -62,14 +63,15 @@ class PackedMatrix:
 
     def transposed(self) -> BFloat16[Tensor, "columns rows"]:
         """The transpose, unpacked and rounded to bfloat16."""
-        out = torch.empty(self.columns, self.rows, dtype=torch.bfloat16)
+        out = torch.empty(self.columns, self.rows, dtype=torch.bfloat16, device="cpu")
         matrix = self.struct()
         self.library.transpose_to_bf16(ctypes.byref(matrix), ctypes.c_void_p(out.data_ptr()), torch.get_num_threads())
         return out
 
     def times(self, x: Float[Tensor, " columns"]) -> Float[Tensor, " rows"]:
         """The product with one vector, in float32 throughout."""
-        x, y, matrix = x.float().contiguous(), torch.empty(self.rows), self.struct()
+        x, matrix = x.float().contiguous(), self.struct()
+        y = torch.empty(self.rows, dtype=torch.float32, device="cpu")  # whatever the default is
         self.library.matvec(
             ctypes.byref(matrix), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), torch.get_num_threads()
         )
@@ -100,7 +102,8 @@ class QuantizedLinear(nn.Module):
         self.matrix = matrix
 
     def forward(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
-        if x.numel() == self.matrix.columns:
+        alone = x.numel() == x.shape[-1] == self.matrix.columns
+        if alone and native.serves(x) and not (torch.is_grad_enabled() and x.requires_grad):
             return self.matrix.times(x.flatten()).view(*x.shape[:-1], -1)
         return x.bfloat16() @ self.matrix.transposed()
 
@@ -133,7 +136,7 @@ def _transpose(blocks: UInt8[Tensor, "rows groups bytes"], kind: str) -> UInt8[T
 
     def aligned(*shape: int) -> Tensor:  # to cache lines, as vectors are loaded
         size = torch.Size(shape).numel()
-        memory = torch.empty(size + 63, dtype=torch.uint8)
+        memory = torch.empty(size + 63, dtype=torch.uint8, device="cpu")
         start = -memory.data_ptr() % 64
         return memory[start : start + size].view(shape)
 

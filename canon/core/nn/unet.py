@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from canon.core import native
 from canon.core.nn import narrow
 from canon.core.nn.group_norm import GroupNorm
 from canon.core.nn.layers import Conv2d, Linear, linear, prepared_for
@@ -88,10 +89,15 @@ class ResBlock(nn.Module):
         if self.time is not None and self.scale_shift:
             film = self.time(emb).chunk(2, dim=1)
         elif self.time is not None:
-            h += self.time(emb)[:, :, None, None]  # in place: nothing needs a convolution's own output
+            h = _plus(self.conv1, h, self.time(emb)[:, :, None, None])
         h = self.conv2(self.norm2(h, film, silu=True))
-        h += self.shortcut(x)
-        return h
+        return _plus(self.conv2, h, self.shortcut(x))
+
+
+def _plus(layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """y + x; in place where nobody looks at what the layer returned: no gradient needs a convolution's own output."""
+    watched = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return y + x if watched or nn.modules.module._has_any_global_hook() else y.add_(x)
 
 
 class Downsample(nn.Module):
@@ -158,9 +164,10 @@ class _WrittenOut(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return native.differentiable(narrow.written_out, (q, k, v), dy)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x.mT, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
         for rows, some in _WrittenOut.blocks(q, k):

@@ -4,10 +4,11 @@ Source: Lavin and Gray 2016, arXiv 1509.09308, section 4.3. Maps have their chan
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from canon.core import native
 
 FIELDS = ("height", "width", "channels", "others", "tiles", "block", "groups", "other_groups", "threads")
 FLOATS = 2**18  # of the transformed tiles that a thread takes at a time, which stay in its cache
-ROWS = 8  # tiles, or a part of them, whose products are made at once
+ROWS = 8  # blocks hold a multiple of so many tiles; products of as many, or of half of them, are made at once
 
 
 class ShapeStruct(ctypes.Structure):
@@ -40,8 +41,8 @@ def transform_kernel(weight: Float[Tensor, "out in 3 3"], turned: bool = False) 
     """U = G g G^T, for a map of channels that come in; or of those that go out, the kernel turned by half a circle."""
     after, before = weight.shape[1::-1] if turned else weight.shape[:2]
     u = weight.new_empty(36, before, after)
-    sizes = (0, 0, before, after, 0, 0, 0, 0, torch.get_num_threads())
-    _call("transform_kernel_turned" if turned else "transform_kernel", sizes, weight.detach().contiguous(), u)
+    shape = ShapeStruct(channels=before, others=after, threads=torch.get_num_threads())
+    _call("transform_kernel_turned" if turned else "transform_kernel", shape, weight.detach().contiguous(), u)
     return u
 
 
@@ -55,7 +56,7 @@ def convolve(
 
     Args:
         x: float32; its channels, at least 16, are neighbours in memory.
-        weight: float32, to at least 16 channels. It, the map and the bias have first gradients.
+        weight: float32, to at least 16 channels. It, the map and the bias have gradients.
         bias: of each channel.
         transformed: of the weights, where it is at hand (`transform_kernel`).
     """
@@ -66,21 +67,21 @@ def convolve(
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, u):
-        ctx.save_for_backward(x, weight)
-        ctx.bias = bias is not None
+        ctx.save_for_backward(x, weight, bias)
         return _convolve(x, u, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *native.differentiable(partial(F.conv2d, padding=1), (x, weight, bias), dy), None
+        x, dy = (map_.contiguous(memory_format=torch.channels_last) for map_ in (x, dy))  # a hook may have saved them
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             dx = _convolve(dy, transform_kernel(weight, turned=True))
         if ctx.needs_input_grad[1]:
             dweight = _convolve_backward(x, dy)
-        if ctx.bias and ctx.needs_input_grad[2]:
+        if bias is not None and ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
         return dx, dweight, dbias, None
 
@@ -88,13 +89,13 @@ class _Winograd(torch.autograd.Function):
 def _convolve(
     x: Tensor, u: Float[Tensor, "36 before after"], bias: Tensor | None = None
 ) -> Float[Tensor, "batch after height width"]:
-    shape, layout = (x.shape[0], u.shape[2], *x.shape[2:]), torch.channels_last
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    size = (x.shape[0], u.shape[2], *x.shape[2:])
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     threads = torch.get_num_threads()
     blocks = -(-tiles(x) // (_rows_in_cache(u.shape[1]) * threads)) * threads  # the same number for each thread
     block = -(-tiles(x) // (blocks * ROWS)) * ROWS
-    sizes = (*x.shape[2:], *u.shape[1:], tiles(x), block, 1, 1, threads)
-    _call("convolve", sizes, x, u, None if bias is None else bias.contiguous(), y)
+    shape = ShapeStruct(*x.shape[2:], *u.shape[1:], tiles(x), block, groups=1, other_groups=1, threads=threads)
+    _call("convolve", shape, x, u, None if bias is None else bias.contiguous(), y)
     return y
 
 
@@ -105,8 +106,8 @@ def _convolve_backward(x: Tensor, dy: Tensor) -> Float[Tensor, "after before 3 3
     groups = min(threads, -(-before // 32))
     other_groups = min(threads // groups, -(-after // 16))
     block = min(tiles(x), _rows_in_cache(before // groups + after // other_groups))
-    sizes = (*x.shape[2:], before, after, tiles(x), block, groups, other_groups, threads)
-    _call("convolve_backward", sizes, x, dy, dweight)
+    shape = ShapeStruct(*x.shape[2:], before, after, tiles(x), block, groups, other_groups, threads)
+    _call("convolve_backward", shape, x, dy, dweight)
     return dweight
 
 
@@ -114,6 +115,6 @@ def _rows_in_cache(channels: int) -> int:
     return max(1, FLOATS // (36 * channels * ROWS)) * ROWS
 
 
-def _call(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
-    if native.call(kernel(), name, ShapeStruct(*sizes), *tensors):
-        raise MemoryError(f"no memory to convolve maps of {sizes[2]:,} channels")
+def _call(name: str, shape: ShapeStruct, *tensors: Tensor | None) -> None:
+    if native.call(kernel(), name, shape, *tensors):
+        raise MemoryError(f"no memory to convolve maps of {shape.channels:,} channels")

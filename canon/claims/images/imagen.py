@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from canon.claims.images.latent_diffusion import frechet
 from canon.core.data.images import PictureBatches, Pictures, to_float
 from canon.core.data.shapes import COLOURS, FORMS, Shapes, draw_shapes, oracle, shapes
 from canon.core.data.tokens import TokenBatches
@@ -433,23 +434,6 @@ def distance(one: Float[Tensor, "n 3 32 32"], other: Float[Tensor, "m 3 32 32"])
 
 def _detail(x: Tensor) -> Tensor:
     return x - F.interpolate(shrink(x, 2), scale_factor=2, mode="nearest")
-
-
-def frechet(one: Float[Tensor, "n 3 32 32"], other: Float[Tensor, "m 3 32 32"]) -> float:
-    """Fréchet distance in the features of a fixed random network (Heusel et al. 2017, Eq. 6)."""
-    draw = torch.Generator()
-
-    def features(x: Tensor) -> Tensor:
-        draw.manual_seed(0)
-        for before, after, stride in ((3, 24, 1), (24, 48, 2), (48, 48, 2)):
-            kernel = torch.randn(after, before, 3, 3, generator=draw) * (2 / (9 * before)) ** 0.5
-            x = F.relu(F.conv2d(x, kernel, stride=stride, padding=1))
-        return F.adaptive_avg_pool2d(x, 1).flatten(1).double()
-
-    a, b = features(one), features(other)
-    # |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2))
-    root = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * root)
 
 
 @claim(

@@ -83,10 +83,11 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
         run = _run(options.system, options.name, options.root)
         threads = read_json(run.path / "environment.json").get("threads")
         device.use_threads(options.threads or threads)  # other threads would round sums differently
-        run = Run(run.path, config)
+        run, new = Run(run.path, config), False
     else:
         device.use_threads(options.threads)
         name = options.name or distributed.of_leader(_new_name(options.preset))
+        new = not (Path(options.root) / options.system / name).exists()
         run = Run.create(options.system, name, config, options.root)
     run.quiet = options.json
     if run.leader and not options.json:
@@ -99,6 +100,10 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
             again = f"canon {command} {options.system} --resume --name {run.name}{_root_option(options.root)}"
             print(f"\ncanon: {stop}. Go on with:  {again}", file=sys.stderr)
         sys.exit(130)
+    except UserError:
+        if new and run.leader and not any(run.path.rglob("metrics.jsonl")):  # nothing began
+            shutil.rmtree(run.path)
+        raise
     finally:
         _, processes = distributed.world()
         distributed.leave()
@@ -185,11 +190,15 @@ def sample_system(arguments: list[str]) -> None:
 
     device.use_threads(threads)
     target = device.use_device(place)
+    if out and getattr(hints["return"], "__name__", "") == "Image" and Path(out).suffix.lower() not in PICTURES:
+        raise UserError(f"{out}: pictures are written as {', '.join(PICTURES)}")
     run = _trained(name, where, root)
     model, *_ = module.from_pretrained(run.path / "model")
     made = _shown(module.sample(model.to(target), run, **chosen), run, out)
     print_result({"run": str(run.path), "sample": made}, True) if as_json else print(made)
 
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 
 _PLACES = """
     out: file for the sample, such as apple.png; by default pictures stay in the run and text is printed.
@@ -206,32 +215,43 @@ def _shown(sample: Any, run: Any, out: str = "") -> str:
         return sample if isinstance(sample, str) else str(run.path / "samples" / run.samples()[-1]["file"])
     with disk_errors(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(sample, str) == (Path(out).suffix.lower() in PICTURES):
+            raise UserError(
+                f"{out}: this is {'text' if isinstance(sample, str) else 'a picture'}, so name it otherwise"
+            )
         if isinstance(sample, str):
             Path(out).write_text(sample, "utf-8")
         else:
-            try:
-                sample.save(out)
-            except ValueError as error:  # the suffix names no kind of picture
-                raise UserError(f"{out}: pictures are written as .png, .jpg or .webp") from error
+            sample.save(out)
     return out
 
 
 def _trained(system: str, where: str, root: str) -> Any:
     """The run to sample from: the one named, the latest, or a copy of the checkpoint that comes with the repository."""
+    from canon.core.hub.tensors import WEIGHTS_FILE
     from canon.core.lab.run import SHIPPED, Run
 
     if where:
         return Run.open(where)
     try:
-        return Run.latest(system, root)
+        newest = Run.latest(system, root)
+    except UserError:
+        newest = None
+    try:
+        run = Run.latest(system, root, holding=f"model/{WEIGHTS_FILE}")
     except UserError:
         folder, copy = Path(__file__).parents[1] / "checkpoints", Path(root) / system / SHIPPED
         shipped = sorted(path.parent for path in folder.glob("*/config.json") if path.parts[-2].split("-")[0] == system)
         if not shipped:
+            if newest is not None:
+                return newest  # which says what it lacks
             raise
         with disk_errors(str(copy)):
             shutil.copytree(shipped[0], copy, dirs_exist_ok=True)
-        return Run.open(copy)
+        run = Run.open(copy)
+    if newest is not None and newest.path != run.path and run.name == SHIPPED:
+        print(f"canon: {newest.path} is not trained to its end, so this is from {run.path}", file=sys.stderr)
+    return run
 
 
 # Claims -------------------------------------------------------------------------------------------------------------

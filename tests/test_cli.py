@@ -133,10 +133,26 @@ def test_reading_without_permission_is_not_called_writing(capsys, trained, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("name", ["ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EIO", "EPERM", "EROFS", "EDQUOT"])
+@pytest.mark.parametrize(
+    "name", ["ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "EIO", "EPERM", "EROFS", "EDQUOT", "ENOENT"]
+)
 def test_what_the_disk_refuses_is_one_line(name):
     with pytest.raises(UserError, match=r"^cannot write the report: [^\n]+; [^\n]+$"), disk_errors("the report"):
         raise OSError(getattr(errno, name), "refused", "file")
+
+
+def test_a_folder_that_cannot_be_copied_is_one_line():
+    refused = OSError(errno.ENOSPC, "No space left on device", "copy/weights")
+    with pytest.raises(UserError, match=r"^cannot write copy: the disk is full"), disk_errors("copy"):
+        raise shutil.Error([("weights", "copy/weights", str(refused))])
+
+
+def test_an_output_in_a_folder_that_is_not_there_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"^cannot open \S+x\.png: a file or folder of that path is missing; "),
+        disk_errors(),
+    ):
+        (tmp_path / "nowhere" / "x.png").write_bytes(b"")
 
 
 def test_a_prompt_that_is_not_text_is_one_line(capsys):

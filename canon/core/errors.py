@@ -1,6 +1,8 @@
 """What went wrong on the user's side, in one line, and what to do about it."""
 
 import errno
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -56,8 +58,15 @@ def disk_errors(what: str = "", operation: Literal["write", "read"] = "write") -
             errno.EISDIR: "it is a folder, not a file; choose another path",
             errno.EEXIST: "a file of that name is in the way; choose another path",
             errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-        }.get(error.errno or 0)
+            errno.ENOENT: "a file or folder of that path is missing; choose another path",
+        }.get(_number(error))
         if advice is None:
             raise
         unnamed = f"open {error.filename}" if error.filename else "write the output"
         raise UserError(f"cannot {f'{operation} {what}' if what else unnamed}: {advice}") from error
+
+
+def _number(error: OSError) -> int:
+    """Its errno; that of the first failure where a whole folder was copied, which is only in shutil's text."""
+    first = re.search(r"\[Errno (\d+)\]", str(error)) if isinstance(error, shutil.Error) else None
+    return int(first[1]) if first else error.errno or 0

@@ -25,6 +25,7 @@ Run. `canon run controlnet`, on the model of shapes that comes with the reposito
 on one thread beside other work.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -301,7 +302,11 @@ def generate(
     base: LatentDiffusion, tokenizer: BPETokenizer, prompts: list[str], controls: Sequence[Control], *,
     steps: int = 30, guidance: float = 4.0, mode: Mode = "both", sampler: SamplerName = "dpm", seed: int = 0,
 ) -> Images:  # fmt: skip
-    """Pictures, one a prompt, from the noise of latent diffusion's own samples with the seed; see `steered`."""
+    """Pictures, one a prompt, from the noise of latent diffusion's own samples with the seed; see `steered`.
+
+    Errors: as `diffusion.check_sampling`.
+    """
+    diffusion.check_sampling(steps, guidance, seed)
     context = base.text(captions(base, tokenizer, [*prompts, *[""] * len(prompts)]))
     denoise = diffusion.denoiser(steered(base.unet, context, controls, guidance, mode), base.predicts)
     draw, start = torch.Generator().manual_seed(seed), noise(base, len(prompts), seed)
@@ -475,6 +480,8 @@ def sample(
     """
     if count < 1:
         raise UserError(f"count must be at least 1, not {count}")
+    if not math.isfinite(strength):
+        raise UserError(f"strength must be a finite number, not {strength}")
     size, kind = model.base.config.image_size, model.config.condition
     if hint:
         condition = open_image(hint, size)[None]
@@ -488,5 +495,5 @@ def sample(
         model.base, tokenizer, prompts, controls, steps=steps, guidance=guidance, mode=mode, sampler=sampler, seed=seed
     )
     page = sheet(torch.cat([condition, pictures]), columns=min(count + 1, 8), scale=max(1, 256 // size))
-    run.image(prompt or "no prompt", page)
+    run.image(prompt or "no prompt", page, keep=True)
     return page

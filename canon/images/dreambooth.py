@@ -29,6 +29,7 @@ Run. `canon run dreambooth`, on the model of shapes that comes with the reposito
 seconds of training on one thread, after the class's pictures are drawn.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -97,8 +98,12 @@ class Config:
     def __post_init__(self) -> None:
         if not self.class_noun.strip():
             raise UserError("class_noun is empty: say what the subject is, such as --class-noun dog")
-        if self.prior_images < 1 or self.prior_weight < 0:
-            raise UserError("prior_images must be at least 1, and prior_weight at least 0 (0 preserves nothing)")
+        if self.prior_images < 1 or self.prior_steps < 1 or not 0 <= self.prior_weight < math.inf:
+            raise UserError(
+                "prior_images and prior_steps must be at least 1, prior_weight at least 0 (preserve nothing)"
+            )
+        if not math.isfinite(self.prior_guidance):
+            raise UserError(f"prior_guidance must be a finite number, not {self.prior_guidance}")
 
 
 PRESETS = {
@@ -437,5 +442,5 @@ def sample(
     tokenizer = load_clip_tokenizer(run.path / "model")
     pictures = draw(model.model, tokenizer, asked, steps=steps, guidance=guidance, sampler=sampler, seed=seed)
     page = sheet(pictures, columns=min(count, 8), scale=max(1, 256 // size))
-    run.image(prompt, page)
+    run.image(prompt, page, keep=True)
     return page

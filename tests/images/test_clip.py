@@ -431,7 +431,7 @@ def test_no_batch_holds_a_caption_twice_and_its_position_is_its_state():
     again.load_state_dict({"position": 19})
     assert all(map(torch.equal, next(again).values(), batch.values()))
     assert again.state_dict() == stream.state_dict() == {"position": 20}
-    with pytest.raises(UserError, match="do not fill a batch of 8"):
+    with pytest.raises(UserError, match=r"do not fill a batch of 8: lower --batch-size$"):
         CaptionedBatches(images, tokens, 8)
 
 
@@ -562,6 +562,16 @@ def test_a_folder_of_pictures_is_learned_searched_and_named(folder_of_pictures, 
     assert kinds.count("table") == 1
     with pytest.raises(UserError, match="no folder of pictures"):
         clip.sample(loaded, run, "red", pictures=str(tmp_path / "nothing"))
+    for prompt in ("red", str(folder_of_pictures / "0.png")):
+        for top in (0, -3):
+            with pytest.raises(UserError, match=f"^top must be at least 1, not {top}$"):
+                clip.sample(loaded, run, prompt, top=top)
+    with pytest.raises(UserError, match=r"^there is no picture \S+nope\.PNG: [^\n]+$"):
+        clip.sample(loaded, run, str(folder_of_pictures / "nope.PNG"))
+    with pytest.raises(UserError, match=r"^\S+pictures is a folder: [^\n]+$"):
+        clip.sample(loaded, run, str(folder_of_pictures))
+    long = "something red " * 400  # longer than the name of a file may be
+    assert isinstance(clip.sample(loaded, run, long), Image.Image)
 
 
 def test_our_weights_return_bit_for_bit_with_their_tokenizer(tmp_path):

@@ -1,6 +1,7 @@
 """ControlNet against diffusers and OpenCV; what its zeros, its lock and its control promise."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -406,6 +407,17 @@ def test_what_is_missing_is_one_line(config, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", config)
     with pytest.raises(UserError, match="count must be"):
         controlnet.sample(controlnet.build(config), run, count=0)
+    with pytest.raises(UserError, match="strength must be a finite number"):
+        controlnet.sample(controlnet.build(config), run, strength=math.nan)
+    base, tokenizer = controlnet.load_base(config.base)
+    for change, match in (
+        ({"guidance": math.nan}, "guidance must be a finite number, not nan"),
+        ({"guidance": math.inf}, "guidance must be a finite number, not inf"),
+        ({"seed": 10**20}, "seed must be"),
+        ({"steps": 0}, "steps must be"),
+    ):
+        with pytest.raises(UserError, match=match):
+            controlnet.generate(base, tokenizer, ["a star"], [], **change)
 
 
 def test_a_run_of_the_base_may_be_named_by_its_folder(config, tmp_path):

@@ -222,6 +222,10 @@ def test_every_layer_is_tuned_but_the_autoencoder(config, tmp_path, monkeypatch)
     assert [row["name"] for row in run.samples()] == [f"a small {word} square", f"a {word} square"]
     with pytest.raises(UserError, match="count must be"):
         dreambooth.sample(loaded, run, count=0)
+    with pytest.raises(UserError, match="guidance must be a finite number"):
+        dreambooth.sample(loaded, run, guidance=float("nan"))
+    with pytest.raises(UserError, match="seed must be"):
+        dreambooth.sample(loaded, run, seed=10**20)
 
 
 # --------------------------------------------------------------------------------------------------------- the metrics
@@ -263,8 +267,11 @@ def test_what_is_missing_is_one_line(config, tmp_path, monkeypatch):
         dreambooth.build(dataclasses.replace(config, base=str(tmp_path / "bare")))
     for change, match in (
         ({"class_noun": " "}, "class_noun is empty"),
-        ({"prior_images": 0}, "prior_images must"),
+        ({"prior_images": 0}, "prior_images and"),
+        ({"prior_steps": 0}, "prior_steps must be at least 1"),
         ({"prior_weight": -1.0}, "prior_weight"),
+        ({"prior_weight": float("nan")}, "prior_weight"),
+        ({"prior_guidance": float("inf")}, "prior_guidance"),
     ):
         with pytest.raises(UserError, match=match):
             dataclasses.replace(config, **change)

@@ -324,7 +324,7 @@ def test_pictures_depend_on_the_prompt_and_the_seed(model):
     [
         ({"augmentation": 1.5}, "augmentation"),
         ({"augmentation": float("nan")}, "augmentation"),
-        ({"guidance": float("inf")}, "guidance"),
+        ({"guidance": float("inf")}, "guidance must be a finite number"),
         ({"seed": 2**64}, "seed"),
         ({"steps": 0}, "steps"),
     ],
@@ -479,6 +479,14 @@ def test_a_tenth_of_the_captions_is_dropped_in_every_stage(no_language_model):
         recipe = dataclasses.replace(RECIPE, batch_size=1000)
         batch = next(training.stage_batches(TINY, pictures, captions, recipe, stage))
         assert 0.07 < float((batch["text"] == 0).all(2).all(1).float().mean()) < 0.13
+
+
+def test_too_few_pictures_name_the_option_of_their_stage(no_language_model):
+    pictures, captions = training._corpus(TINY)
+    recipe = dataclasses.replace(RECIPE, batch_size=10**6)
+    for stage, option in (("base", "batch_size"), ("first", "sr_batch_size"), ("last", "sr_batch_size")):
+        with pytest.raises(UserError, match=rf"do not fill a batch of 1000000: lower {option}$"):
+            training.stage_batches(TINY, pictures, captions, recipe, stage)
 
 
 def test_a_batch_is_a_function_of_its_position(no_language_model):

@@ -15,7 +15,7 @@ from canon.core.lab import Run
 from canon.images import latent_diffusion as ldm
 from canon.images.clip.tokenizer import tokenize
 from canon.images.latent_diffusion import training, views, weights
-from canon.images.latent_diffusion.first_stage import DISCRIMINATOR_WEIGHT, FirstStage, adaptive_weight, lpips
+from canon.images.latent_diffusion.first_stage import FirstStage, adaptive_weight, lpips
 from canon.images.latent_diffusion.model import PRESETS, Config, LatentDiffusion, autoencoder
 from canon.images.latent_diffusion.sampling import generate, paste
 
@@ -76,8 +76,9 @@ def test_the_first_stage_learns_what_two_optimisers_would(codebook):
     """The gradients of one backward pass equal those of the generator's and the discriminator's own losses."""
     torch.manual_seed(0)
     stage = FirstStage(
-        autoencoder(dataclasses.replace(TINY, codebook=codebook)), width=8, perceptual_from=0, adversary_from=3
-    )
+        autoencoder(dataclasses.replace(TINY, codebook=codebook)), width=8, adversary_from=3, perceptual_every=4,
+        adversary_weight=0.7,
+    )  # fmt: skip
     x, noise = pictures(8), torch.randn(8, 4, 8, 8)
     with torch.no_grad():
         stage.logvar.fill_(0.3)
@@ -91,7 +92,7 @@ def test_the_first_stage_learns_what_two_optimisers_would(codebook):
     nll = ((x - x_hat).abs().sum() / 8 + lpips()(x[::4], x_hat[::4]).mean() * 3072) / stage.logvar.exp()
     nll = nll + stage.logvar * 3072
     adversary = -stage.discriminator(x_hat).mean()
-    (nll + penalty + DISCRIMINATOR_WEIGHT * metrics["adversary_weight"] * adversary).backward()
+    (nll + penalty + 0.7 * metrics["adversary_weight"] * adversary).backward()
     for name, p in stage.named_parameters():
         if not name.startswith("discriminator"):
             torch.testing.assert_close(found[name], p.grad, atol=2e-3, rtol=2e-3, msg=name)
@@ -113,7 +114,7 @@ def test_the_first_stage_learns_what_two_optimisers_would(codebook):
 
 def test_the_adversary_waits():
     torch.manual_seed(0)
-    stage = FirstStage(autoencoder(TINY), width=8, perceptual_from=0, adversary_from=3)
+    stage = FirstStage(autoencoder(TINY), width=8, adversary_from=3)
     batch = {
         "images": pictures(8),
         "noise": torch.zeros(8, 4, 8, 8),

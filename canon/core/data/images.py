@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from canon.core.data import assets
+from canon.core.data.picture_files import opened, upright
 from canon.core.data.shapes import shapes, shorter
 from canon.core.errors import UserError, disk_errors, require
 
@@ -172,30 +173,30 @@ def _folder(folder: Path, size: int) -> Pictures:
     return Pictures(torch.stack(images), captions)
 
 
-def open_image(path: str | Path, size: int | None = None) -> Float[Tensor, "3 height width"]:
-    """A picture from a file, in [-1, 1]; transparent parts become white.
+def open_image(path: str | Path, size: int | None = None, background: str = "white") -> Float[Tensor, "3 height width"]:
+    """A picture from a file, in [-1, 1], upright as its EXIF data say.
 
     Args:
         path: PNG, JPEG, WebP, BMP or GIF (its first frame).
         size: cut the largest square out of the middle and resize it to this side; None keeps it as it is.
+        background: colour of what is transparent.
 
     Raises:
         UserError: there is no such file, it is damaged, too large, or its pixels are not colours or grey levels.
     """
     path = Path(path)
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > LARGEST:
-                raise UserError(f"{path} has {file.width} x {file.height} pixels: reduce it to {LARGEST >> 20} million")
+        with opened(path, LARGEST) as file:
             if file.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
                 raise UserError(f"{path} has pixels of mode {file.mode}: save it as an ordinary RGB or grey picture")
-            opaque = Image.new("RGBA", file.size, "white")
-            opaque.alpha_composite(file.convert("RGBA"))
+            picture = upright(file).convert("RGBA")
+            opaque = Image.new("RGBA", picture.size, background)
+            opaque.alpha_composite(picture)
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a picture") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is no readable picture ({' '.join(str(error).split())[:80]})") from error
     picture = opaque.convert("RGB")
     if size is not None:

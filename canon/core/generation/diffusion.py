@@ -192,12 +192,14 @@ def tail(path: Levels, strength: float) -> Levels:
         strength: in (0, 1]; the last floor(strength n) steps are kept.
 
     Raises:
-        UserError: no step is left.
+        UserError: the strength is not in (0, 1], or no step is left.
 
     Source: Meng et al. 2022 (SDEdit), arXiv 2108.01073, Algorithm 1.
     """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength must be above 0 and at most 1, not {strength}")
     steps = len(path) - 1
-    kept = min(int(steps * strength), steps)
+    kept = int(steps * strength)
     if kept < 1:
         raise UserError(f"strength {strength} leaves none of {steps} steps: at least {1 / steps:.3f} is needed")
     return path[steps - kept :]
@@ -294,6 +296,21 @@ def loss(
 
 
 # ------------------------------------------------------------------------------------------- guidance and denoising
+
+
+def check_sampling(steps: int, guidance: float, seed: int) -> None:
+    """Say what is wrong with the numbers of a sample, before anything is drawn.
+
+    Raises:
+        UserError: there is no step, the guidance is not finite, or the seed is below 0 or has more than 32 bits, of
+            which PyTorch keeps no more on the CPU.
+    """
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, not {steps}")
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance must be a finite number, not {guidance}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2^32, not {seed}")
 
 
 def guide(

@@ -41,7 +41,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path")
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return _load_pickle(path)
     return _load_file(path)
 
@@ -156,7 +156,14 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets damage with errors of every type
+        if "Weights only load failed" in str(error):
+            raise UserError(
+                f"{path} holds more than tensors, and nothing of a download is executed: where it is trusted, save its "
+                "state_dict as .safetensors"
+            ) from error
         raise _damaged(path, error) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):  # as trainers save it
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a table of names and tensors; save model.state_dict() instead")
     return tensors

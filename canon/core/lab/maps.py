@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from canon.core.lab.labels import TEXT, cut
+
 
 def attention_figure(
     weights: Float[Tensor, "heads time source"], queries: Sequence[str], keys: Sequence[str]
@@ -24,8 +26,8 @@ def attention_figure(
     for head, axes in enumerate(figure.subplots(1, heads, squeeze=False, sharey=True)[0]):
         axes.imshow(weights[head].cpu(), cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"head {head + 1}", fontsize=9)
-        axes.set_xticks(range(columns), keys, rotation=90, fontsize=8)
-        axes.set_yticks(range(rows), queries, fontsize=8)
+        axes.set_xticks(range(columns), map(cut, keys), rotation=90, fontsize=8, **TEXT)
+        axes.set_yticks(range(rows), map(cut, queries), fontsize=8, **TEXT)
     return figure
 
 
@@ -44,6 +46,7 @@ def picture_figure(
         size: of a picture, in inches.
     """
     many, wide = images.shape[:2]
+    rows, columns = [cut(name) for name in rows], [cut(name) for name in columns]
     longest = max(map(len, rows), default=0)
     close = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     figure = Figure(figsize=(size * wide + 0.075 * longest, size * many + 0.25 * bool(columns)), layout=close)
@@ -56,7 +59,7 @@ def picture_figure(
             if bool(picture.isfinite().all()):
                 axes.imshow((picture.clamp(-1, 1).permute(1, 2, 0) + 1) / 2, interpolation="nearest")
             if row == 0 and columns:
-                axes.set_title(columns[column], fontsize=7, pad=2)
+                axes.set_title(columns[column], fontsize=7, pad=2, **TEXT)
             if column == 0 and rows:
-                axes.set_ylabel(rows[row], rotation=0, ha="right", va="center", fontsize=8)
+                axes.set_ylabel(rows[row], rotation=0, ha="right", va="center", fontsize=8, **TEXT)
     return figure

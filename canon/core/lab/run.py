@@ -94,14 +94,19 @@ class Run:
         return cls(path)
 
     @classmethod
-    def latest(cls, system: str, root: str | Path = "runs") -> Self:
+    def latest(cls, system: str, root: str | Path = "runs", holding: str = "") -> Self:
         """Open the run of a system that was written to last; a copy of a shipped checkpoint does not count.
 
+        Args:
+            system: its name.
+            root: folder of all runs.
+            holding: a file that the run must hold.
+
         Raises:
-            UserError: the system has no run yet.
+            UserError: the system has no such run yet.
         """
         found = (Path(root) / folder_name(system)).glob("*/config.json")
-        configs = [config for config in found if config.parent.name != SHIPPED]
+        configs = [c for c in found if c.parent.name != SHIPPED and (c.parent / holding).exists()]
         if not configs:
             raise UserError(f"{system} has no run under {root}: start one with  canon run {system}")
         return cls(max(configs, key=lambda config: _last_written(config.parent)).parent)
@@ -203,12 +208,19 @@ class Run:
         """Keep a table: a list of rows, each a dict with the same keys."""
         self._sample(name, "table", step, {".json": to_json(value, indent=1).encode()})
 
-    def image(self, name: str, value: Any, step: int | None = None) -> None:
-        """Keep an image: ``Float[Tensor, "channels height width"]`` in [-1, 1], channels 1 or 3, or a PIL image."""
+    def image(self, name: str, value: Any, step: int | None = None, keep: bool = False) -> None:
+        """Keep an image: ``Float[Tensor, "channels height width"]`` in [-1, 1], channels 1 or 3, or a PIL image.
+
+        With ``keep``, another image of that name stays, and this one's gets a number.
+        """
         if self.leader:
             from canon.core.lab.samples import image_png
 
-            self._sample(name, "image", step, {".png": image_png(value)})
+            data, number, own = image_png(value), 1, name
+            while keep and _differs(self.path / "samples" / f"{_file_stem(own)}.png", data):
+                number += 1
+                own = f"{name} ({number})"
+            self._sample(own, "image", step, {".png": data})
 
     def figure(self, name: str, value: Any, step: int | None = None) -> None:
         """Keep a matplotlib figure, as PNG (shown in the report) and as SVG (for a paper or a slide)."""
@@ -291,6 +303,10 @@ def _file_stem(name: str) -> str:
     """A file stem for a sample's free-form name; names that look alike after cleaning stay apart by a digest."""
     stem = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:60]
     return stem if stem == name else f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:6]}".lstrip("-")
+
+
+def _differs(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() != data
 
 
 def _last_written(run: Path) -> int:

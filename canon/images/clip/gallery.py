@@ -15,6 +15,7 @@ from canon.core.data.images import SUFFIXES, load_pictures, open_image, sheet, t
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
 from canon.core.lab import Run
+from canon.core.lab.labels import TEXT, cut
 from canon.images.clip.model import CLIP
 from canon.images.clip.tokenizer import load_clip_tokenizer
 from canon.images.clip.training import STYLES, known_emoji
@@ -122,12 +123,14 @@ def sample(
         pictures: a folder to search; by default the training pictures, and of emoji two other styles as well.
 
     Raises:
-        UserError: a picture cannot be read.
+        UserError: a picture cannot be read, the prompt names one that is not there, or ``top`` is below 1.
     """
+    if top < 1:
+        raise UserError(f"top must be at least 1, not {top}")
     tokenizer = load_clip_tokenizer(run.path / "model")
     if not prompt:
         return _overview(model, tokenizer, run, galleries(model, pictures))
-    if Path(prompt).is_file():
+    if _is_picture(prompt):
         image = open_image(prompt, model.config.image_size)
         classes = [name.strip() for name in names.split(",") if name.strip()] or _known_names(model)
         text = _named(model, tokenizer, image, classes, top)
@@ -136,6 +139,25 @@ def sample(
     page = retrieval_sheet(model, tokenizer, prompt, galleries(model, pictures), top)
     run.image(f"“{prompt}”", page)
     return page
+
+
+def _is_picture(prompt: str) -> bool:
+    """Whether the prompt is a file; what looks like one and is none is refused, for else its name would be looked for.
+
+    Raises:
+        UserError: it is a folder, or it ends like a picture and is not there.
+    """
+    try:
+        if Path(prompt).is_file():
+            return True
+        folder = Path(prompt).is_dir()
+    except (OSError, ValueError):  # longer than a name may be, or with a zero byte: a text
+        return False
+    if folder:
+        raise UserError(f"{prompt} is a folder: search it with --pictures, or to search for the word say 'a {prompt}'")
+    if Path(prompt).suffix.lower() in SUFFIXES:
+        raise UserError(f"there is no picture {prompt}: check the path, or leave out the ending to search for words")
+    return False
 
 
 def _known_names(model: CLIP) -> list[str]:
@@ -217,7 +239,7 @@ def names_figure(model: CLIP, tokenizer: BPETokenizer, place: Gallery, chosen: S
         for line, (p, label) in enumerate(zip(likely.values[n].tolist(), likely.indices[n].tolist())):
             right = names[label] == place.names[index]
             bars.barh(-line, p, color="tab:blue" if right else "lightgray")
-            bars.text(0.01, -line, f"{names[label]}  {p:.0%}", va="center", fontsize=8)
+            bars.text(0.01, -line, f"{cut(names[label])}  {p:.0%}", va="center", fontsize=8, **TEXT)
         bars.set_xlim(0, 1)
     return figure
 
@@ -235,7 +257,7 @@ def similarity_figure(model: CLIP, tokenizer: BPETokenizer, place: Gallery, chos
     grid.set_xlim(-0.5, len(chosen) - 0.5)
     grid.set_ylim(len(chosen) - 0.5, -1.5)
     grid.set_frame_on(False)
-    grid.set_yticks(range(len(names)), names, fontsize=9)
+    grid.set_yticks(range(len(names)), map(cut, names), fontsize=9, **TEXT)
     grid.set_xticks([])
     for (row, column), value in zip(torch.cartesian_prod(*[torch.arange(len(names))] * 2).tolist(), cosines.flatten()):
         light = float(value) > float(cosines.min() + 0.6 * (cosines.max() - cosines.min()))

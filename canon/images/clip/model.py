@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from canon.core.checks import at_least
 from canon.core.errors import UserError
 from canon.core.training.fit import TrainingConfig
 from canon.images.clip.text import TextTransformer, pool
@@ -57,6 +58,9 @@ class Config:
     """How it learns; the batch is the contrast, so accumulation must be 1."""
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "d_embedding", "image_size", "image_layers", "image_width")
+        at_least(self, 1, "vocab_size", "d_model", "n_layers")
+        at_least(self, 2, "context_length")  # a caption has a start and an end
         if self.n_heads < 1 or self.d_model % self.n_heads:
             raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
         if len(self.image_layers) not in (1, 4):

@@ -84,7 +84,7 @@ class CaptionedBatches:
         if len(self.groups) < batch_size:
             raise UserError(
                 f"{len(self.groups)} pictures with captions of their own do not fill a batch of {batch_size}: "
-                "lower --training.batch-size"
+                "lower --batch-size"
             )
 
     def __iter__(self) -> "CaptionedBatches":

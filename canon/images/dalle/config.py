@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from canon.core.checks import at_least
 from canon.core.errors import UserError
 from canon.core.training.fit import TrainingConfig
 
@@ -52,20 +53,18 @@ class Config:
     """How the Transformer learns."""
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "codebook_size", "dvae_groups", "dvae_blocks", "first_steps", "first_batch_size")
+        at_least(self, 1, "d_model", "n_layers", "kernel_size")
+        at_least(self, 2, "text_length")  # the start and one token
         if self.n_heads < 1 or self.d_model % self.n_heads:
             raise UserError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
         if self.dvae_width < 4 or self.dvae_width % 4:
             raise UserError(f"dvae_width must be a multiple of 4, not {self.dvae_width}")
-        for name in ("codebook_size", "dvae_groups", "dvae_blocks", "n_layers", "kernel_size", "first_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.image_size < 1 or self.image_size % 2 ** (self.dvae_groups - 1):
             code = 2 ** (self.dvae_groups - 1)
             raise UserError(f"image_size {self.image_size} is not a multiple of {code}, the pixels on a code's side")
         if not 0 <= self.pixel_noise <= 0.2:
             raise UserError(f"pixel_noise must be between 0 and 0.2, not {self.pixel_noise}")
-        if self.text_length < 2:
-            raise UserError(f"text_length must be at least 2 (start and one token), not {self.text_length}")
         if self.kernel_size % 2 == 0:
             raise UserError(f"kernel_size must be odd, not {self.kernel_size}")
 

@@ -187,6 +187,9 @@ def train_dvae(config: Config, run: Run) -> dict[str, Tensor]:
 def train(config: Config, run: Run) -> DALLE:
     """Train the dVAE, then the Transformer on its codes; goes on where the run was stopped."""
     pictures, held, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
+    if len(pictures.images) < config.training.batch_size:  # now rather than after the first stage
+        many, few = config.training.batch_size, len(pictures.images)
+        raise UserError(f"{few} pictures do not fill a batch of {many}: lower --batch-size")
     if run.leader:
         save_description(config, run.path / "model", system="dalle", tokenizer=tokenizer)
     first = train_dvae(config, run)
@@ -241,12 +244,15 @@ def sample(
         raise UserError(f"candidates must be at least count ({count}), not {candidates}")
     judge = views.clip_beside(run, clip)
     if candidates and judge is None:
-        raise UserError("choosing among candidates needs a CLIP: train one (canon run clip) and name it with --clip")
+        raise UserError(
+            "choosing among candidates needs a CLIP that knows such pictures: train one "
+            f"(canon run clip --data {model.config.data}) and name it with --clip"
+        )
     captions = _captions(model.config, load_clip_tokenizer(run.path / "model"))
     drawn = (candidates or 4 * count) if judge else count
     images = generate_images(model, captions.encode([prompt] * drawn), temperature=temperature, seed=seed)
     if judge is not None:
         images = images[rank(*judge, prompt, images)[0][:count]]
     page = sheet(images, columns=min(count, 8), scale=max(1, 128 // model.config.image_size))
-    run.image(prompt or "no prompt", page)
+    run.image(prompt or "no prompt", page, keep=True)
     return page

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from canon.core.checks import at_least
 from canon.core.errors import UserError
 from canon.core.training.fit import TrainingConfig
 from canon.images.imagen.text import Statistics
@@ -59,20 +60,14 @@ class Config:
     """How the base learns, and, but for steps and batch size, the others."""
 
     def __post_init__(self) -> None:
-        for name in ("multipliers", "sr_multipliers", "sr_blocks", "sr_channels"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise UserError(f"{name} needs whole numbers of at least 1, not {list(values)}")
+        at_least(self, 1, "multipliers", "sr_multipliers", "sr_blocks", "sr_channels", "text_width", "d_context")
+        at_least(self, 1, "channels", "text_length", "res_blocks", "sr_batch_size", "first_sr_steps", "last_sr_steps")
         if len(self.sr_channels) != 2:
             raise UserError(f"sr_channels needs two numbers, one a stage, not {len(self.sr_channels)}")
         if len(self.attention) != len(self.multipliers):
             raise UserError("attention needs one value for each of the multipliers")
         if len(self.sr_blocks) != len(self.sr_multipliers):
             raise UserError("sr_blocks needs one number for each of the sr_multipliers")
-        sizes = ("text_width", "d_context", "channels", "text_length")
-        for name in (*sizes, "res_blocks", "sr_batch_size", "first_sr_steps", "last_sr_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         lowest_widths = [("sr_channels", c * self.sr_multipliers[-1]) for c in self.sr_channels]
         for name, width in [("channels", self.channels), ("d_context", self.d_context), *lowest_widths]:
             if self.n_heads < 1 or width % self.n_heads:

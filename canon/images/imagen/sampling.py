@@ -1,6 +1,5 @@
 """Pictures from text embeddings: guidance with thresholding, and the cascade (sections 2.2 to 2.4)."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -62,17 +61,11 @@ def check_sampling(steps: int, guidance: float, augmentation: float, seed: int) 
     """Say what is wrong with the numbers of a sample, before anything is drawn.
 
     Raises:
-        UserError: there is no step, the guidance is no number, the augmentation is not in [0, 1], or the seed is below
-            0 or has more than 32 bits.
+        UserError: as :func:`diffusion.check_sampling`, or the augmentation is not in [0, 1].
     """
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, not {steps}")
-    if not math.isfinite(guidance):
-        raise UserError(f"guidance must be a number, not {guidance}")
+    diffusion.check_sampling(steps, guidance, seed)
     if not 0 <= augmentation <= 1:
         raise UserError(f"augmentation must be between 0 and 1, not {augmentation}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be at least 0 and below 2^32, not {seed}")
 
 
 def path(steps: int) -> Levels:

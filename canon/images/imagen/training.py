@@ -143,7 +143,15 @@ def crops(
 def stage_batches(
     config: Config, pictures: Pictures, captions: Captions, recipe: TrainingConfig, stage: str
 ) -> CaptionedBatches:
-    """What one stage learns from, with a tenth of the captions dropped."""
+    """What one stage learns from, with a tenth of the captions dropped.
+
+    Raises:
+        UserError: there are fewer pictures than a batch holds.
+    """
+    if stage != "base" and recipe.batch_size > len(pictures.images):
+        raise UserError(
+            f"{len(pictures.images)} pictures do not fill a batch of {recipe.batch_size}: lower sr_batch_size"
+        )
     number, most = captions.index(), max(map(len, pictures.captions))
     numbers = torch.tensor([[number[ways[i % len(ways)]] for i in range(most)] for ways in pictures.captions])
     side = config.crop if stage == "last" else config.sizes[0 if stage == "base" else 1]
@@ -263,5 +271,5 @@ def sample(
         model, text, steps=steps, guidance=guidance, threshold=threshold, augmentation=augmentation, seed=seed
     )
     page = sheet(torch.cat(views.enlarged(pictures)), columns=count, scale=max(1, 192 // c.sizes[2]))
-    run.image(prompt or "no prompt", page)
+    run.image(prompt or "no prompt", page, keep=True)
     return page

@@ -14,7 +14,7 @@ from canon.core.generation.diffusion_samplers import last
 from canon.core.lab import Run
 from canon.core.lab.maps import picture_figure
 from canon.images.imagen.model import Imagen, parameters
-from canon.images.imagen.sampling import ThresholdName, draw_base, enlarge, generate
+from canon.images.imagen.sampling import ThresholdName, draw_base, enlarge, generate, noise, path
 from canon.images.imagen.text import Captions
 
 EXAMPLES = ("red apple", "cat face", "rocket", "birthday cake", "soccer ball", "sunflower", "guitar", "crescent moon")
@@ -108,10 +108,13 @@ def augmentation_grid(
 
 @torch.no_grad()
 def denoising_strip(model: Imagen, text: Float16[Tensor, "1 time width"], steps: int = 12) -> Figure:
-    """What the base's sampler holds after each step, and the thresholded picture that it expects at the end."""
+    """What the base's sampler holds, from noise to the end, and the thresholded picture that it then expects."""
     states = list(draw_base(model, text, steps=steps))
-    rows = torch.stack([torch.cat([s.x for s in states]), torch.cat([s.x0 for s in states])]).cpu()
-    return picture_figure(rows, ["$z_t$", "expected $x$"], [f"t = {float(s.level.t):.2f}" for s in states])
+    held = [noise(1, model.config.image_size, 0), *(state.x.cpu() for state in states)]
+    expected = [*(state.x0.cpu() for state in states), held[-1]]
+    times = [path(steps)[0].t, *(state.level.t for state in states)]
+    rows = torch.stack([torch.cat(held), torch.cat(expected)])
+    return picture_figure(rows, ["z_t", "expected x"], [f"t = {float(t):.2f}" for t in times])
 
 
 @torch.no_grad()

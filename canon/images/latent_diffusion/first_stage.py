@@ -16,10 +16,6 @@ from canon.images.latent_diffusion.autoencoder import AutoencoderKL, Autoencoder
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Widths of the convolutions of its five resolutions."""
-PERCEPTUAL_EVERY = 4
-"""Of so many pictures one has its perceptual distance computed: VGG-16 costs more than the laptop's autoencoder."""
-DISCRIMINATOR_WEIGHT = 0.5
-"""Share of the adversary in the gradient at the last layer; ``disc_weight`` of the released KL configurations."""
 
 
 class LPIPS(nn.Module):
@@ -127,22 +123,31 @@ def adaptive_weight(
 
 
 class FirstStage(nn.Module):
-    """The autoencoder and its adversary, trained on the same batches.
+    """The autoencoder and its adversary, trained on the same batches; by default as the KL ones that were released.
 
     Args:
         autoencoder: of either kind.
         width: of the discriminator.
         perceptual_from: step from which the perceptual distance counts.
         adversary_from: step from which the discriminator takes part.
+        perceptual_every: of so many pictures one has its perceptual distance computed.
+        adversary_weight: share of the adversary in the gradient at the last layer, ``disc_weight``.
     """
 
     sharded_methods = ("loss",)
 
     def __init__(
-        self, autoencoder: AutoencoderKL | AutoencoderVQ, width: int, perceptual_from: int, adversary_from: int
+        self,
+        autoencoder: AutoencoderKL | AutoencoderVQ,
+        width: int,
+        perceptual_from: int = 0,
+        adversary_from: int = 50_001,
+        perceptual_every: int = 1,
+        adversary_weight: float = 0.5,
     ):
         super().__init__()
         self.autoencoder, self.perceptual_from, self.adversary_from = autoencoder, perceptual_from, adversary_from
+        self.perceptual_every, self.adversary_weight = perceptual_every, adversary_weight
         self.discriminator = discriminator(width)
         self.logvar = nn.Parameter(torch.zeros(1))  # a number of its own cannot be sharded
 
@@ -164,8 +169,8 @@ class FirstStage(nn.Module):
         distance, metrics = pixels.sum() / len(x), {"l1": pixels.detach().mean()}
         step = int(batch["step"][0])
         if step >= self.perceptual_from:
-            rows = batch["row"] % PERCEPTUAL_EVERY == 0  # of the batch, which is in random order
-            eye = lpips().to(x.device)(x[rows], seen[rows]).float().sum() / len(x) * PERCEPTUAL_EVERY
+            rows = batch["row"] % self.perceptual_every == 0  # of the batch, which is in random order
+            eye = lpips().to(x.device)(x[rows], seen[rows]).float().sum() / len(x) * self.perceptual_every
             distance, metrics["lpips"] = distance + eye * x[0].numel(), eye.detach()
         # nll = (|x - x^| + LPIPS) / exp(logvar) + logvar
         logvar = self.logvar.sum()
@@ -178,7 +183,7 @@ class FirstStage(nn.Module):
         if step >= self.adversary_from:
             (push,) = torch.autograd.grad(-self.discriminator(seen).float().mean(), seen)
             weight = adaptive_weight(pull, push, last_input.detach().float(), self.autoencoder.decoder.conv_out.weight)
-            pull = pull + DISCRIMINATOR_WEIGHT * weight * push
+            pull = pull + self.adversary_weight * weight * push
             real, fake = self.discriminator(x).float(), self.discriminator(seen.detach()).float()
             # hinge: 1/2 (E[max(0, 1 - D(x))] + E[max(0, 1 + D(x^))])
             judged = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())

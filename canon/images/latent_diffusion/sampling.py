@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from canon.core.data.tokenizers import BPETokenizer
-from canon.core.errors import UserError
 from canon.core.generation import diffusion
 from canon.core.generation.diffusion import Levels
 from canon.core.generation.diffusion_samplers import Denoiser, State, ddim, ddpm, dpm_solver, heun, plms, reinject
@@ -95,26 +94,31 @@ def generate(
         strength: how much of the way from noise is gone anew, in (0, 1]; without a mask only.
         mask: 1 where the picture is to be painted. A model with condition channels is shown it; any other gets what
             is known put back after every step.
+
+    Raises:
+        UserError: there is no step, the strength is not in (0, 1], the guidance is not finite, or the seed is below 0
+            or has more than 32 bits.
     """
+    diffusion.check_sampling(steps, guidance, seed)
     z = noise(model, len(prompts), seed)
     generator = torch.Generator().manual_seed(seed)
-    if image is None:
-        return SAMPLERS[sampler](denoiser(model, tokenizer, prompts, guidance), z, path(model, steps), generator)
-    pictures = image.to(z).expand(len(prompts), *image.shape)
-    known = model.encode(pictures)
-    if mask is None:
+    pictures = None if image is None else image.to(z).expand(len(prompts), *image.shape)
+    masks = None if mask is None or pictures is None else mask.to(z).expand(len(prompts), *mask.shape)
+    condition = None
+    if model.config.condition_channels:  # it learned with masks: of everything where none is given
+        size = (len(prompts), 3, model.config.image_size, model.config.image_size)
+        seen = z.new_zeros(size) if pictures is None else pictures
+        condition = model.masked(seen, torch.ones_like(seen[:, :1]) if masks is None else masks)
+    denoise = denoiser(model, tokenizer, prompts, guidance, condition)
+    if pictures is not None and masks is None:
         levels = path(model, steps, strength)
-        start = diffusion.add_noise(known, z, levels[0])
-        return SAMPLERS[sampler](denoiser(model, tokenizer, prompts, guidance), start, levels, generator)
-    masks = mask.to(z).expand(len(prompts), *mask.shape)
-    if model.config.condition_channels:
-        condition = model.masked(pictures, masks)
-        denoise = denoiser(model, tokenizer, prompts, guidance, condition)
-        return SAMPLERS[sampler](denoise, z, path(model, steps), generator)
-    states = SAMPLERS[sampler](denoiser(model, tokenizer, prompts, guidance), z, path(model, steps), generator)
+        return SAMPLERS[sampler](denoise, diffusion.add_noise(model.encode(pictures), z, levels[0]), levels, generator)
+    states = SAMPLERS[sampler](denoise, z, path(model, steps), generator)
+    if pictures is None or masks is None or condition is not None:
+        return states
     # a latent is kept where nothing under it is to be painted
     keep = 1 - torch.nn.functional.adaptive_max_pool2d(masks, model.config.latent_size)
-    return reinject(states, known, keep, generator)
+    return reinject(states, model.encode(pictures), keep, generator)
 
 
 def paste(
@@ -124,16 +128,3 @@ def paste(
 ) -> Float[Tensor, "batch 3 size size"]:
     """The painted part in the original, whose other pixels stay as they are, bit for bit."""
     return torch.where(mask.to(painted) > 0.5, painted, image.to(painted))
-
-
-def check_size(model: LatentDiffusion, images: Float[Tensor, "channels height width"], what: str) -> None:
-    """Refuse a picture that is not of the model's size.
-
-    Raises:
-        UserError: it is not.
-    """
-    side = model.config.image_size
-    if images.shape[-2:] != (side, side):
-        raise UserError(
-            f"the {what} is {images.shape[-1]} x {images.shape[-2]} pixels, the model's are {side} x {side}"
-        )

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from canon.images.latent_diffusion.model import Config, LatentDiffusion, autoenc
 from canon.images.latent_diffusion.sampling import SamplerName, generate, paste
 
 FIRST_BATCH_SIZE = 16
-"""Pictures a step of the autoencoder (12 in the released configuration)."""
+"""Pictures a step of the autoencoder (12 in the released configuration); fewer where there are not so many."""
 
 
 def build(config: Config) -> LatentDiffusion:
@@ -110,33 +111,35 @@ class _Counted:
 
 def train_first_stage(config: Config, run: Run) -> dict[str, Tensor]:
     """Train the autoencoder, in a stage of the run; goes on where it was stopped. Returns its weights."""
+    images = corpus(config.data, config.image_size, config.vocab_size)[0].images
+    if config.data == "shapes":  # alone they teach colours slowly, being small on grey
+        emoji = load_pictures("things", config.image_size).images
+        images = torch.cat([emoji, emoji, emoji, images[: 3 * len(emoji)]])
     muon = config.training.optimizer == "muon"
     recipe = replace(
         config.training,
         steps=config.first_steps,
-        batch_size=FIRST_BATCH_SIZE,
-        learning_rate=1e-2 if muon else 3e-3 if config.first_channels < 128 else 4.5e-6 * FIRST_BATCH_SIZE,  # released
+        batch_size=min(FIRST_BATCH_SIZE, len(images)),
+        learning_rate=1e-2 if muon else 3e-3 if config.small else 4.5e-6 * FIRST_BATCH_SIZE,  # released
         schedule="cosine",
         warmup_steps=min(50, config.first_steps // 10),
         final_fraction=0.03,
         optimizer="muon" if muon else "adam",
-        beta1=0.9,
-        beta2=0.99,
+        beta1=0.9 if config.small else 0.5,
+        beta2=0.99 if config.small else 0.9,
         clip_norm=0.0,
         ema_decay=0.0,
         accumulation=1,
     )
     torch.manual_seed(config.training.seed)
-    images = corpus(config.data, config.image_size, config.vocab_size)[0].images
-    if config.data == "shapes":  # alone they teach colours slowly, being small on grey
-        emoji = load_pictures("things", config.image_size).images
-        images = torch.cat([emoji, emoji, emoji, images[: 3 * len(emoji)]])
-    model = FirstStage(
-        autoencoder(config),
-        width=2 * config.first_channels,
-        perceptual_from=config.first_steps // 2,
-        adversary_from=config.first_steps - config.first_steps // 5,
-    )
+    steps = config.first_steps
+    if config.small:
+        few = {"perceptual_from": steps // 2, "perceptual_every": 4, "adversary_from": steps - steps // 5}
+        model = FirstStage(autoencoder(config), width=2 * config.first_channels, **few)
+    elif config.codebook:
+        model = FirstStage(autoencoder(config), width=64, adversary_from=0, adversary_weight=0.75)
+    else:
+        model = FirstStage(autoencoder(config), width=64)
     stream = PictureBatches(
         images, torch.zeros(len(images), 1, 1).long(), recipe.batch_size, recipe.seed, jitter,
         noise=(config.latent_channels, config.latent_size, config.latent_size),
@@ -161,6 +164,7 @@ def train_first_stage(config: Config, run: Run) -> dict[str, Tensor]:
 def train(config: Config, run: Run) -> LatentDiffusion:
     """Train the autoencoder, then the U-Net with the text encoder; goes on where the run was stopped."""
     pictures, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
+    batches(config)  # now rather than after the first stage, if something is wrong with them
     if run.leader:
         save_description(config, run.path / "model", system="latent_diffusion", tokenizer=tokenizer)
     first = train_first_stage(config, run)
@@ -182,6 +186,24 @@ def train(config: Config, run: Run) -> LatentDiffusion:
             shown.load_state_dict(load_tensors(run.path / "model" / WEIGHTS_FILE))
         views.show(shown, tokenizer, pictures, run)
     return model
+
+
+def open_mask(path: str, image: str, size: int) -> Float[Tensor, "1 size size"]:
+    """1 where a picture is to be painted: where the file is more white than black. What is transparent is black.
+
+    Raises:
+        UserError: there is nothing white, or the mask and the picture are of different shapes.
+    """
+    (height, width), (rows, columns) = (open_image(file).shape[1:] for file in (path, image))
+    if abs(width * rows - height * columns) > 0.02 * width * rows:
+        raise UserError(
+            f"the mask is {width} x {height} pixels and the picture {columns} x {rows}, so they do not lie upon each "
+            "other: save the mask with the picture's size"
+        )
+    mask = (open_image(path, size, background="black").mean(0, keepdim=True) > 0).float()
+    if not mask.any():
+        raise UserError(f"nothing of the mask {path} is white, and white is what is painted: paint some of it white")
+    return mask
 
 
 def sample(
@@ -220,7 +242,7 @@ def sample(
     tokenizer = load_clip_tokenizer(run.path / "model")
     size = model.config.image_size
     source = open_image(image, size) if image else None
-    where = (open_image(mask, size).mean(0, keepdim=True) > 0).float() if mask else None
+    where = open_mask(mask, image, size) if mask else None
     states = generate(
         model, tokenizer, [prompt] * count, steps=steps, guidance=guidance, sampler=sampler, seed=seed, image=source,
         strength=strength, mask=where,
@@ -229,5 +251,5 @@ def sample(
     if source is not None and where is not None:
         pictures = paste(pictures, source, where)
     page = sheet(pictures, columns=min(count, 8), scale=max(1, 256 // size))
-    run.image(prompt or "no prompt", page)
+    run.image(prompt or "no prompt", page, keep=True)
     return page

@@ -20,7 +20,7 @@ from canon.core.lab import Run
 from canon.core.lab.maps import picture_figure
 from canon.core.nn.unet import capture_attention
 from canon.images.latent_diffusion.model import LatentDiffusion
-from canon.images.latent_diffusion.sampling import captions, generate, noise, paste
+from canon.images.latent_diffusion.sampling import captions, generate, noise, paste, path
 
 EXAMPLES = ("red apple", "cat face", "blue heart", "birthday cake", "soccer ball", "sunflower", "elephant", "pizza")
 
@@ -35,11 +35,13 @@ def show(model: LatentDiffusion, tokenizer: BPETokenizer, pictures: Pictures, ru
     run.figure("guidance: one noise, one prompt a row, rising weight", guidance_grid(model, tokenizer, prompts[:4]))
     run.figure(f"denoising {prompts[0]!r}", denoising_strip(model, tokenizer, prompts[0]))
     run.figure("forward diffusion: a picture at rising noise", forward_strip(model, source))
-    run.figure("the latents of a picture", latent_view(model, source))
+    fewer = f"{compression(model):g} times fewer numbers"
+    run.figure(f"the latents of a picture: {fewer}", latent_view(model, source))
     run.figure(f"where the words of {prompts[0]!r} act", word_maps(model, tokenizer, prompts[0]))
     run.figure("image to image: rising strength", strength_strip(model, tokenizer, prompts[1], source))
     run.figure("inpainting: the right half anew", inpainting_view(model, tokenizer, prompts[:4], pictures))
     run.table("components", components(model))
+    run.table("the checkpoint", checkpoint(model))
 
 
 def decoded(model: LatentDiffusion, latents: Sequence[Tensor]) -> Float[Tensor, "n 3 size size"]:
@@ -70,19 +72,22 @@ def guidance_grid(
     model: LatentDiffusion,
     tokenizer: BPETokenizer,
     prompts: list[str],
-    weights: Sequence[float] = (1, 2, 4, 8, 16),
+    weights: Sequence[float] = (0, 1, 2, 4, 8, 16),
 ) -> Figure:
-    """The same noise under rising guidance: a row a prompt, a column a weight."""
+    """The same noise under rising guidance: a row a prompt, a column a weight, of which 0 leaves the prompt out."""
     made = [model.decode(last(generate(model, tokenizer, prompts, guidance=w))).float().cpu() for w in weights]
     return picture_figure(torch.stack(made, 1), prompts, [f"w = {w:g}" for w in weights])
 
 
 @torch.no_grad()
 def denoising_strip(model: LatentDiffusion, tokenizer: BPETokenizer, prompt: str, steps: int = 12) -> Figure:
-    """What the sampler holds after each step, and the picture that it expects at the end."""
+    """What the sampler holds, from noise to the end, and the picture that it then expects."""
     states = list(generate(model, tokenizer, [prompt], steps=steps, sampler="ddim"))
-    rows = torch.stack([decoded(model, [s.x for s in states]), decoded(model, [s.x0 for s in states])])
-    return picture_figure(rows, ["decoded $z_t$", "predicted $z_0$"], [f"t = {int(s.level.t)}" for s in states])
+    held = [noise(model, 1, 0), *(state.x for state in states)]
+    expected = [*(state.x0 for state in states), held[-1]]
+    times = [path(model, steps)[0].t, *(state.level.t for state in states)]
+    rows = torch.stack([decoded(model, held), decoded(model, expected)])
+    return picture_figure(rows, ["decoded z_t", "predicted z_0"], [f"t = {int(t)}" for t in times])
 
 
 @torch.no_grad()
@@ -93,10 +98,10 @@ def forward_strip(model: LatentDiffusion, image: Float[Tensor, "3 size size"], s
     table = model.schedule
     levels = [table[i] for i in torch.linspace(0, len(table) - 1, steps).long().tolist()]
     noisy = [add_noise(z, eps, level) for level in levels]
-    shown = torch.stack(
-        [decoded(model, noisy), torch.cat([_grey(x) for x in noisy]), _grey(eps).expand(steps, -1, -1, -1)]
-    )
-    names = ["decoded $z_t$", "first channel of $z_t$", "noise $\\epsilon$"]
+    size = image.shape[-1]
+    channels = torch.cat([_grey(x, size) for x in noisy])
+    shown = torch.stack([decoded(model, noisy), channels, _grey(eps, size).expand(steps, -1, -1, -1)])
+    names = ["decoded z_t", "first channel of z_t", "noise"]
     return picture_figure(shown, names, [f"{float(level.sigma**2):.0%} noise" for level in levels])
 
 
@@ -104,14 +109,14 @@ def forward_strip(model: LatentDiffusion, image: Float[Tensor, "3 size size"], s
 def latent_view(model: LatentDiffusion, image: Float[Tensor, "3 size size"]) -> Figure:
     """A picture, the channels of its latents, and the picture decoded from them."""
     z = model.encode(image[None].to(model.latent_scale.device))
-    channels = torch.cat([_grey(z, channel) for channel in range(z.shape[1])])
+    channels = torch.cat([_grey(z, image.shape[-1], channel) for channel in range(z.shape[1])])
     names = ["picture", *(f"channel {i + 1}" for i in range(z.shape[1])), "decoded"]
     return picture_figure(torch.cat([image[None].cpu(), channels, decoded(model, [z])])[None], columns=names)
 
 
-def _grey(z: Float[Tensor, "1 channels h w"], channel: int = 0) -> Float[Tensor, "1 3 size size"]:
+def _grey(z: Float[Tensor, "1 channels h w"], size: int, channel: int = 0) -> Float[Tensor, "1 3 size size"]:
     scaled = (z[:, channel : channel + 1].float().cpu() / 2.5).clamp(-1, 1)
-    return F.interpolate(scaled, scale_factor=4).expand(-1, 3, -1, -1)
+    return F.interpolate(scaled, size=(size, size)).expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -199,6 +204,22 @@ def components(model: LatentDiffusion) -> list[dict[str, Any]]:
     return [
         {"part": name, "takes": takes, "gives": gives, "parameters": sum(p.numel() for p in part.parameters())}
         for name, takes, gives, part in rows
+    ]
+
+
+def checkpoint(model: LatentDiffusion) -> list[dict[str, Any]]:
+    """What the file of weights holds: a row for each of the names with which its tensors begin."""
+    found: dict[str, list[Tensor]] = {}
+    for key, tensor in model.state_dict().items():
+        found.setdefault(key.split(".")[0], []).append(tensor)
+    return [
+        {
+            "names begin with": name,
+            "tensors": len(tensors),
+            "numbers": sum(x.numel() for x in tensors),
+            "megabytes in float32": round(sum(4 * x.numel() for x in tensors) / 1e6, 1),
+        }
+        for name, tensors in found.items()
     ]
 
 

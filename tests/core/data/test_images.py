@@ -132,7 +132,12 @@ def test_a_folder_of_ones_own(pictures):
         (lambda folder: (folder / "0.txt").write_text("\n"), "has no caption"),
         (lambda folder: (folder / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture"), "no readable picture"),
         (lambda folder: (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:60]), "no readable picture"),
-        (lambda folder: Image.new("1", (9000, 9000)).save(folder / "0.png"), "reduce it to 64 million"),
+        (
+            lambda folder: Image.new("1", (9000, 9000)).save(folder / "0.png"),
+            "9000 x 9000 pixels: reduce it to 64 million",
+        ),
+        (lambda folder: Image.new("1", (10_000, 9_000)).save(folder / "0.png"), "10000 x 9000 pixels: reduce it"),
+        (lambda folder: Image.new("1", (14_000, 13_000)).save(folder / "0.png"), "has 182000000 pixels: reduce it"),
         (lambda folder: Image.fromarray(np.full((4, 4), np.nan, "float32")).save(folder / "0.tiff"), ""),
         (lambda folder: [file.unlink() for file in folder.iterdir()], "holds no picture"),
     ],
@@ -146,6 +151,22 @@ def test_bad_pictures_are_one_line(pictures, spoil, said):
     with pytest.raises(UserError, match=said) as error:
         load_pictures(str(pictures), 8)
     assert "\n" not in str(error.value)
+
+
+def test_a_large_picture_is_refused_without_warnings(tmp_path, recwarn):
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match="reduce it to 64 million"):
+        open_image(tmp_path / "large.png")
+    assert not recwarn.list
+
+
+def test_pictures_of_a_turned_camera_are_upright(tmp_path):
+    picture, exif = Image.new("RGB", (4, 2), "red"), Image.Exif()
+    exif[0x0112] = 6  # the top of the scene is at the right
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert open_image(tmp_path / "turned.png").shape == (3, 4, 2)
+    picture.save(tmp_path / "damaged.jpg", exif=b"Exif\0\0no directory")
+    assert open_image(tmp_path / "damaged.jpg").shape == (3, 2, 4)
 
 
 def test_transparent_pixels_become_white(tmp_path):

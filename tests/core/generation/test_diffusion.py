@@ -539,6 +539,9 @@ def test_image_to_image():
     assert distances[-1] > 3 * distances[0]
     with pytest.raises(UserError, match="none of 20 steps"):
         tail(steps, 0.01)
+    for strength in (0.0, -0.5, 1.5, math.nan, math.inf):
+        with pytest.raises(UserError, match=r"^strength must be above 0 and at most 1, not"):
+            tail(steps, strength)
     with pytest.raises(UserError, match="no step"):
         last(ddim(denoise, x, steps[-1:]))
 

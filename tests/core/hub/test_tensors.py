@@ -97,10 +97,10 @@ def test_pytorch_file_without_running_code(tmp_path: Path):
             return (os.mkdir, (str(tmp_path / "attacked"),))
 
     torch.save({"weight": Attack()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="holds more than tensors"):
         load_tensors(tmp_path)
     assert not (tmp_path / "attacked").exists()
-    torch.save({"state_dict": expected}, tmp_path / "pytorch_model.bin")
+    torch.save({"weights": expected}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="not a table of names and tensors"):
         load_tensors(tmp_path)
 
@@ -190,3 +190,15 @@ def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path: Path):
     save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     (tmp_path / "any").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_trainers_checkpoint_is_its_state_dict(tmp_path):
+    weights = {"a": torch.arange(3.0)}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "model.ckpt")
+    assert torch.equal(load_tensors(tmp_path / "model.ckpt")["a"], weights["a"])
+
+
+def test_what_would_have_to_be_executed_is_refused(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "callback": Path}, tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match=r"holds more than tensors.*safetensors"):
+        load_tensors(tmp_path / "model.ckpt")

@@ -264,8 +264,8 @@ class Llama(nn.Module):
             self.head.weight = self.token_embedding.weight
         self.register_buffer("rotation", None, persistent=False)
         self.set_rotations()
-        # Decodes single tokens, where from_pretrained left the weights packed.
-        self.fused: Callable[[Tensor, KVCache], Tensor] | None = None
+        # Reads and decodes what it can, where from_pretrained left the weights packed.
+        self.fused: Callable[[Tensor, KVCache, bool], Tensor | None] | None = None
         self.apply(self._initialise)
 
     def set_rotations(self) -> None:
@@ -289,8 +289,8 @@ class Llama(nn.Module):
 
         With a ``cache`` the tokens continue what it holds, and their keys and values are added to it.
         """
-        if self.fused is not None and cache is not None and tokens.numel() == 1:
-            return self.fused(tokens, cache)
+        if self.fused and cache is not None and (logits := self.fused(tokens, cache, last_only)) is not None:
+            return logits
         time = tokens.shape[1]
         # One more dimension, for the heads.
         rotation = self.rotation[:time] if cache is None else self.rotation[cache.positions(time)].unsqueeze(1)

@@ -314,6 +314,46 @@ def test_fused_decoding_equals_the_exact_model(tmp_path: Path, kind: str, head: 
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_fused_reading_equals_the_exact_model(tmp_path: Path, kind: str):
+    """Prompts of any length, in one piece or in several, and what is decoded behind them."""
+    path = write_gguf(tmp_path / "model.gguf", kind)
+    fast, exact = (llama.from_pretrained(path, precision)[0] for precision in ("fast", "exact"))
+    fast.fused._reads_prompts = True  # also on processors on which it is slow
+    tokens = torch.randint(96, (1, 60))
+    with torch.inference_mode():
+        expected = exact(tokens)
+        read, cache = [], fast.new_cache(1, 64)
+        for piece in tokens.split([2, 11, 13, 30, 3, 1], dim=1):
+            read.append(fast(piece, cache, last_only=True))
+            assert cache.filled == sum(p.shape[1] for p in tokens.split([2, 11, 13, 30, 3, 1], dim=1)[: len(read)])
+        whole, all_at_once = fast.new_cache(1, 64), []
+        for length in (2, 13, 26, 56, 59):
+            whole.rewind([0])
+            all_at_once.append(fast(tokens[:, :length], whole, last_only=True))
+        decoded = fast(tokens[:, 59:], whole)
+    spread = float(expected.std())
+    for logits, length in zip(read, (2, 13, 26, 56, 59, 60)):
+        assert (logits - expected[:, length - 1 : length]).abs().max() < 0.1 * spread
+    for pieces, one in zip(read, all_at_once):
+        torch.testing.assert_close(pieces, one, rtol=0, atol=1e-3 * spread)
+    assert (decoded - expected[:, 59:]).abs().max() < 0.1 * spread
+
+
+@needs_compiler
+def test_a_long_prompt_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, _ = llama.from_pretrained(write_gguf(tmp_path / "model.gguf", "Q4_1"), "fast")
+    model.fused._reads_prompts = True
+    tokens = torch.randint(96, (1, 50))
+    with torch.inference_mode():
+        whole = model(tokens, model.new_cache(1, 64), last_only=True)
+        monkeypatch.setattr(fused, "PROMPT", 16)
+        assert (model(tokens, model.new_cache(1, 64), last_only=True) - whole).abs().max() < 1e-3 * whole.std()
+        with pytest.raises(UserError, match="do not fit"):
+            model(torch.cat([tokens, tokens], 1), model.new_cache(1, 64), last_only=True)
+
+
+@needs_compiler
 def test_fused_decoding_needs_no_particular_number_of_threads(tmp_path: Path):
     path = write_gguf(tmp_path / "model.gguf", "Q4_1")
     model, _ = llama.from_pretrained(path, "fast")

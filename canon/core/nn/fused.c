@@ -1,4 +1,4 @@
-// One token through a decoder of LLaMA's architecture, in one parallel region.
+// One token, or a prompt, through a decoder of LLaMA's architecture, in one parallel region.
 //
 // At batch 1 a token costs as much as reading the weights once, unless the pauses between some 500 PyTorch operations
 // come on top; here there are four barriers a layer. Names and order are those of canon/language/llama.
@@ -167,4 +167,244 @@ void decode(const Model *m, float *x, const float *rotation, uint16_t *const *me
         share(m->head.rows / LANES, &from, &to);
         for (int64_t t = from; t < to; t++) STORE(logits + t * LANES, rows16(&m->head, t, h, sums));
     }
+}
+
+// ---- A prompt -------------------------------------------------------------------------------------------------------
+//
+// Here arithmetic is what takes time: inputs of products are rounded to 8 bits (see quantized.c), those of attention are
+// bfloat16. Each function below is one step of a layer; its loop is shared by the threads, which wait for each other at
+// its end.
+
+#define QUERIES (2 * TOKENS)  // that attend together
+
+typedef struct {
+    // padded: to whole QUERIES; part: tokens that are multiplied in a row; length: of past and tokens, in whole GROUPs
+    int64_t past, tokens, padded, part, length, capacity;
+    float *x;              // (padded, d_model)
+    uint16_t *q;           // (padded, n_heads, d_head), bfloat16
+    u32 *keys, *values;    // pairs of bfloat16: (n_kv_heads, length / GROUP, d_head / 2, GROUP), (n_kv_heads, length / 2, d_head)
+    Rows input, hidden;    // of the products with qkv, out and gate_up, and with down
+} Prompt;
+
+typedef struct { Tile *tiles; f32 (*y)[2], (*z)[2]; } Scratch;  // of one thread
+
+// input <- x / rms(x) * weight
+static void round_normed(const Model *m, const Prompt *p, const float *weight) {
+    int64_t n = m->d_model;
+#pragma omp for
+    for (int64_t t = 0; t < p->padded; t++) {
+        const float *x = p->x + t * n;
+        f32 squares = {0};
+        for (int64_t i = 0; i < n; i += LANES) squares += LOAD(x + i) * LOAD(x + i);
+        float scale = 1 / sqrtf(vsum(squares) / n + m->norm_eps);
+        for (int64_t i = 0; i < n; i += GROUP) {
+            f32 low = LOAD(x + i) * scale * LOAD(weight + i);
+            f32 high = LOAD(x + i + LANES) * scale * LOAD(weight + i + LANES);
+            round_group(low, high, p->input, (t / TOKENS * n + i) / GROUP, t % TOKENS);
+        }
+    }
+    list_outliers(p->input, n, p->padded);
+}
+
+// For each part of the tokens, from `from` on, and each 32 rows of a matrix.
+#define FOR_PARTS_AND_ROWS(rows)                               \
+    _Pragma("omp for collapse(2)")                             \
+    for (int64_t from = 0; from < p->padded; from += p->part)  \
+        for (int64_t r = 0; r < (rows); r += GROUP)
+static inline int64_t part_size(const Prompt *p, int64_t from) {
+    return p->padded - from < p->part ? p->padded - from : p->part;
+}
+// Two tiles of w times a part of the tokens.
+static void multiply(const Matrix *w, int64_t a, int64_t b, const Prompt *p, Rows x, int64_t from, Tile *tiles, f32 (*y)[2]) {
+    two_tiles(w, a, b, x, from / TOKENS, part_size(p, from) / TOKENS, tiles, y);
+}
+
+// q, and new keys and values in the cache, from input: rotated by their position's angles.
+static void query(const Model *m, const Prompt *p, const Matrix *w, const float *rotation, uint16_t *key, uint16_t *value,
+                  const Scratch *s) {
+    int64_t d = m->d_head, n_q = m->n_heads * d, n_k = m->n_kv_heads * d;
+    float scale = 1 / sqrtf(d);
+    FOR_PARTS_AND_ROWS(w->rows) {
+        multiply(w, r / LANES, r / LANES + 1, p, p->input, from, s->tiles, s->y);
+        for (int64_t t = from; t < from + part_size(p, from) && t < p->tokens; t++) {
+            float *row = (float *)s->y[t - from];
+            const float *angle = rotation + t * d + r % d;
+            if (r < n_q + n_k)  // the pairs (2i, 2i + 1)
+                for (int i = 0; i < GROUP; i += 2) {
+                    float re = row[i], im = row[i + 1];
+                    row[i] = re * angle[i] - im * angle[i + 1];
+                    row[i + 1] = re * angle[i + 1] + im * angle[i];
+                }
+            for (int i = 0; i < GROUP; i += LANES) {
+                f32 v = LOAD(row + i);
+                int64_t j = (r - n_q) % n_k + i;
+                uint16_t *cached = (r < n_q + n_k ? key : value) + (j / d * p->capacity + p->past + t) * d + j % d;
+                *(u16_any *)(r < n_q ? p->q + t * n_q + r + i : cached) = to_bf16(r < n_q ? v * scale : v);
+            }
+        }
+    }
+}
+
+// keys and values from the cache: two neighbouring columns of GROUP keys side by side, and of values two neighbouring rows.
+static void pair_cache(const Model *m, const Prompt *p, const uint16_t *key, const uint16_t *value) {
+    int64_t d = m->d_head, seen = p->past + p->tokens;
+#pragma omp for collapse(2)
+    for (int64_t h = 0; h < m->n_kv_heads; h++)
+        for (int64_t t = 0; t < seen; t += 2) {
+            const uint16_t *k = key + (h * p->capacity + t) * d, *v = value + (h * p->capacity + t) * d;
+            uint32_t *to = (uint32_t *)p->keys + (h * p->length + t / GROUP * GROUP) * d / 2 + t % GROUP;
+            for (int64_t i = 0; i < d / 2; i++) {
+                memcpy(to + i * GROUP, k + 2 * i, 4);
+                if (t + 1 < seen) memcpy(to + i * GROUP + 1, k + d + 2 * i, 4);
+            }
+            for (int64_t i = 0; i < d; i += LANES) {
+                u32 odd = t + 1 < seen ? widen(*(const u16_any *)(v + d + i)) : (u32){0};
+                p->values[((h * p->length + t) / 2 * d + i) / LANES] = widen(*(const u16_any *)(v + i)) | odd << 16;
+            }
+        }
+}
+
+// sum + a0 b0 + a1 b1 of pairs of bfloat16
+INLINE f32 dot2(f32 sum, u32 a, u32 b) {
+#ifdef __AVX512BF16__
+    return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+#else
+    return sum + (f32)(a << 16) * (f32)(b << 16) + (f32)(a & 0xffff0000) * (f32)(b & 0xffff0000);
+#endif
+}
+
+// c (QUERIES, 2 vectors) = a (QUERIES, 2 * pairs) b (2 * pairs, 2 vectors); rows of a, and pairs of rows of b, are so far
+// apart.
+INLINE void outer(const uint16_t *a, int64_t a_row, const u32 *b, int64_t b_row, int64_t pairs, f32 c[QUERIES][2]) {
+    f32 sum[QUERIES][2] = {{{0}}};
+    for (int64_t k = 0; k < pairs; k++, a += 2, b += b_row)
+        UNROLLED
+        for (int i = 0; i < QUERIES; i++) {
+            uint32_t pair;
+            memcpy(&pair, a + i * a_row, 4);
+            u32 both = (u32){0} + pair;
+            sum[i][0] = dot2(sum[i][0], both, b[0]);
+            sum[i][1] = dot2(sum[i][1], both, b[1]);
+        }
+    memcpy(c, sum, sizeof sum);
+}
+
+// input <- softmax(q k^T / sqrt(d)) v, each token seeing the past and itself. scores: (length) and (QUERIES, length)
+static void attend_all(const Model *m, const Prompt *p, float *scores, uint16_t *weights) {
+    int64_t d = m->d_head, n_q = m->n_heads * d, group = m->n_heads / m->n_kv_heads;
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t first = p->padded - QUERIES; first >= 0; first -= QUERIES)  // the longest rows first
+        for (int64_t head = 0; head < m->n_heads; head++) {
+            int64_t memory = head / group * p->length * d / 2 / LANES;
+            int64_t after = first + QUERIES < p->tokens ? first + QUERIES : p->tokens, seen = p->past + after;
+            int64_t row = (seen + GROUP - 1) / GROUP * GROUP;
+            f32 c[QUERIES][2];
+            float total[QUERIES];
+            for (int64_t t = 0; t < row; t += GROUP) {
+                outer(p->q + first * n_q + head * d, n_q, p->keys + memory + t * d / 2 / LANES, GROUP / LANES, d / 2, c);
+                for (int i = 0; i < QUERIES; i++) memcpy(scores + i * row + t, c[i], sizeof c[i]);
+            }
+            for (int i = 0; i < QUERIES; i++) {
+                int64_t visible = p->past + first + i + 1 < seen ? p->past + first + i + 1 : seen;
+                float *s = scores + i * row;
+                uint16_t *weight = weights + i * row;
+                f32 most = (f32){0} - INFINITY, sum = {0};
+                for (int64_t t = visible; t < row; t++) s[t] = -INFINITY;
+                for (int64_t t = 0; t < visible; t += LANES) most = vmax(most, LOAD(s + t));
+                most = (f32){0} + vmost(most);
+                for (int64_t t = 0; t < visible; t += LANES) {
+                    f32 e = vexp(LOAD(s + t) - most);  // 2^-126 for minus infinity
+                    *(u16_any *)(weight + t) = to_bf16(e);
+                    sum += e;
+                }
+                memset(weight + visible, 0, (row - visible) * sizeof *weight);
+                total[i] = 1 / vsum(sum);
+            }
+            for (int64_t i = 0; i < d; i += GROUP) {
+                outer(weights, row, p->values + memory + i / LANES, d / LANES, (seen + 1) / 2, c);
+                for (int64_t j = 0, t = first; j < QUERIES; j++, t++)
+                    round_group(c[j][0] * total[j], c[j][1] * total[j], p->input,
+                                (t / TOKENS * n_q + head * d + i) / GROUP, t % TOKENS);
+            }
+        }
+    list_outliers(p->input, n_q, p->padded);
+}
+
+// hidden <- silu(gate) * up, from input
+static void gate(const Model *m, const Prompt *p, const Matrix *w, const Scratch *s) {
+    FOR_PARTS_AND_ROWS(m->d_ff) {
+        int64_t tile = r / LANES, up = m->d_ff / LANES;
+        multiply(w, tile, tile + up, p, p->input, from, s->tiles, s->y);
+        multiply(w, tile + 1, tile + 1 + up, p, p->input, from, s->tiles, s->z);
+        for (int64_t i = 0, t = from; i < part_size(p, from); i++, t++) {
+            f32 low = s->y[i][0] * inverse(1 + vexp(-s->y[i][0])) * s->y[i][1];
+            f32 high = s->z[i][0] * inverse(1 + vexp(-s->z[i][0])) * s->z[i][1];
+            round_group(low, high, p->hidden, (t / TOKENS * m->d_ff + r) / GROUP, t % TOKENS);
+        }
+    }
+    list_outliers(p->hidden, m->d_ff, p->padded);
+}
+
+// x <- x + W input
+static void add_product(const Prompt *p, const Matrix *w, Rows input, const Scratch *s) {
+    FOR_PARTS_AND_ROWS(w->rows) {
+        multiply(w, r / LANES, r / LANES + 1, p, input, from, s->tiles, s->y);
+        for (int64_t i = 0; i < part_size(p, from); i++)
+            for (int j = 0; j < 2; j++) {
+                float *x = p->x + (from + i) * w->rows + r + j * LANES;
+                STORE(x, LOAD(x) + s->y[i][j]);
+            }
+    }
+}
+
+// Args: as of `decode`, but for `tokens` tokens: x (tokens, d_model), rotation (tokens, d_head). logits are those of the
+// last one. Returns 0, or 1 if there is not enough memory.
+int prefill(const Model *m, const float *x, const float *rotation, uint16_t *const *memory, int64_t capacity, int64_t past,
+            int64_t tokens, float *logits, int threads) {
+    int64_t n = m->d_model, n_q = m->n_heads * m->d_head, n_k = m->n_kv_heads * m->d_head, failed = 0;
+    int64_t wide = n > n_q ? n : n_q, widest = m->d_ff > wide ? m->d_ff : wide;
+    int64_t padded = (tokens + QUERIES - 1) / QUERIES * QUERIES, parts = (padded + PART - 1) / PART;
+    int64_t part = (padded / TOKENS + parts - 1) / parts * TOKENS;  // all but alike, so that no thread waits for long
+    int64_t length = (past + tokens + GROUP - 1) / GROUP * GROUP;
+    Prompt p = {past, tokens, padded, part, length, capacity, memory_for(padded * n, sizeof *p.x),
+                memory_for(padded * n_q, sizeof *p.q), memory_for(length * n_k, sizeof *p.q),
+                memory_for(length * n_k, sizeof *p.q), rows_for(padded, wide), rows_for(padded, m->d_ff)};
+    if (!p.x || !p.q || !p.keys || !p.values || !is_whole(p.input) || !is_whole(p.hidden)) failed = 1;
+    else {
+        memcpy(p.x, x, tokens * n * sizeof *x);
+        memset(p.x + tokens * n, 0, (padded - tokens) * n * sizeof *p.x);
+        memset(p.q + tokens * n_q, 0, (padded - tokens) * n_q * sizeof *p.q);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        Tile *tiles = memory_for(2 * widest / GROUP, sizeof *tiles);
+        f32 *y = memory_for(4 * part, sizeof *y);
+        float *scores = memory_for(QUERIES * length, sizeof *scores);
+        uint16_t *weights = memory_for(QUERIES * length, sizeof *weights);
+        Scratch s = {tiles, (f32(*)[2])y, (f32(*)[2])(y + 2 * part)};
+        if (!tiles || !y || !scores || !weights) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+        for (const Layer *layer = m->layers; layer < m->layers + m->n_layers && !failed; layer++) {
+            uint16_t *key = memory[2 * (layer - m->layers)], *value = memory[2 * (layer - m->layers) + 1];
+            round_normed(m, &p, layer->attention_norm);
+            query(m, &p, &layer->qkv, rotation, key, value, &s);
+            pair_cache(m, &p, key, value);
+            attend_all(m, &p, scores, weights);
+            add_product(&p, &layer->out, p.input, &s);
+            round_normed(m, &p, layer->feed_forward_norm);
+            gate(m, &p, &layer->gate_up, &s);
+            add_product(&p, &layer->down, p.hidden, &s);
+        }
+        free(tiles), free(y), free(scores), free(weights);
+    }
+    if (!failed) {
+        float last[n], sums[n / GROUP];
+        rms_norm(p.x + (tokens - 1) * n, m->final_norm, n, m->norm_eps, last, sums);
+        matvec(&m->head, last, logits, threads);
+    }
+    free(p.x), free(p.q), free(p.keys), free(p.values), free_rows(p.input), free_rows(p.hidden);
+    return failed;
 }

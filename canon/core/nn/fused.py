@@ -1,7 +1,8 @@
-"""Decoding at the speed of memory: one call of C for one token through a decoder of LLaMA's architecture.
+"""One call of C for a token, or for a prompt, through a decoder of LLaMA's architecture.
 
 The architecture (pre-RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases) is that of LLaMA, Mistral,
-SmolLM and most models that come as GGUF files. `fused.c` computes what `canon.language.llama` does, on packed weights.
+SmolLM and most models that come as GGUF files. `fused.c` computes what `canon.language.llama` does, on packed weights:
+single tokens at the speed of memory, prompts by products of 8-bit integers where the processor has them (AVX-512 VNNI).
 """
 
 import ctypes
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from canon.core import native
 from canon.core.generation.cache import KVCache
-from canon.core.nn.quantized import MatrixStruct, PackedMatrix
+from canon.core.nn.quantized import MatrixStruct, PackedMatrix, fast_integers
 
 P, N = ctypes.c_void_p, ctypes.c_int64
 NORMS, MATRICES = ("attention_norm", "feed_forward_norm"), ("qkv", "out", "gate_up", "down")
+PROMPT = 512
+"""Tokens that are read at once, at most: the working memory grows with them, and is 10 MB for SmolLM2."""
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 
 
@@ -45,13 +48,15 @@ def library() -> ctypes.CDLL | None:
     if compiled is not None:
         compiled.decode.argtypes = [ctypes.POINTER(ModelStruct), P, P, P, N, N, P, ctypes.c_int]
         compiled.decode.restype = None
+        compiled.prefill.argtypes = [ctypes.POINTER(ModelStruct), P, P, P, N, N, N, P, ctypes.c_int]
     return compiled
 
 
 class FusedDecoder:
-    """A decoder for one row, one token at a time.
+    """A decoder for one row of tokens.
 
-    Weights are unpacked to float32 exactly and activations are float32; keys and values are bfloat16.
+    Weights are never rounded; keys and values are bfloat16, all else is float32. In prompts, queries are bfloat16, too,
+    and inputs of the products are rounded to 8 bits, see `canon.core.nn.quantized`.
 
     Args:
         compiled: of :func:`library`.
@@ -76,7 +81,8 @@ class FusedDecoder:
         head: PackedMatrix,
         rotation: Float[Tensor, "context pairs 2"],
     ):
-        self._decode = compiled.decode
+        self._decode, self._prefill = compiled.decode, compiled.prefill
+        self._reads_prompts = fast_integers(compiled)
         final_norm = final_norm.detach()  # of a parameter, `module.to` would free the memory
         self._kept = (layers, final_norm, head)  # what the pointers below point to
         self._embedding, self._rotation, self._vocab_size = embedding, rotation.flatten(1), head.rows
@@ -86,24 +92,34 @@ class FusedDecoder:
         sizes = (shape[name] for name in SHAPE)
         self._model = ModelStruct(*sizes, norm_eps, final_norm.data_ptr(), head.struct(), self._layers)
 
-    def __call__(self, tokens: Int[Tensor, "1 1"], cache: KVCache) -> Float[Tensor, "1 1 vocab"]:
-        """Logits of the token after ``tokens``, which is added to the cache (of bfloat16)."""
-        past = cache.filled
-        memory = cache.reserve(1)
-        pointers = (P * len(memory))(*[slot.data_ptr() for slot in memory])
-        x = self._embedding.take(tokens).contiguous()
+    def __call__(
+        self, tokens: Int[Tensor, "batch time"], cache: KVCache, last_only: bool = False
+    ) -> Float[Tensor, "1 1 vocab"] | None:
+        """Logits of the token after ``tokens``, which are added to the cache (of bfloat16).
+
+        None, and nothing added, where PyTorch is what to compute with: several rows, the logits of every position of a
+        prompt, or a prompt on a processor without fast products of integers.
+
+        Raises:
+            UserError: the tokens do not fit into the cache.
+            MemoryError: there is not enough memory for the prompt.
+        """
+        alone = tokens.shape[1] == 1
+        if len(tokens) > 1 or not (alone or (last_only and self._reads_prompts)):
+            return None
         logits = torch.empty(1, 1, self._vocab_size, dtype=torch.float32, device="cpu")
-        self._decode(
-            ctypes.byref(self._model),
-            x.data_ptr(),
-            self._rotation[past].data_ptr(),
-            pointers,
-            memory[0].shape[2],
-            past,
-            logits.data_ptr(),
-            torch.get_num_threads(),
-        )
-        cache.advance(1)
+        for part in tokens.split(PROMPT, dim=1):
+            past, time = cache.filled, part.shape[1]
+            memory = cache.reserve(time)
+            pointers = (P * len(memory))(*[slot.data_ptr() for slot in memory])
+            x, rotation = self._embedding.take(part).contiguous(), self._rotation[past : past + time]
+            threads, capacity = torch.get_num_threads(), memory[0].shape[2]
+            first = ctypes.byref(self._model), x.data_ptr(), rotation.data_ptr(), pointers, capacity, past
+            if alone:
+                self._decode(*first, logits.data_ptr(), threads)
+            elif self._prefill(*first, time, logits.data_ptr(), threads):
+                raise MemoryError(f"not enough memory to read {time} tokens behind {past}")
+            cache.advance(time)
         return logits
 
 

@@ -1,8 +1,11 @@
 """Linear layers and embeddings whose weights stay in the 4- or 8-bit blocks of a GGUF file, for CPUs.
 
 A block is a scale d (in Q4_1 also a minimum m), in float16, and 32 small integers q: w = d q + m. Decoding one token
-reads every weight once, so its time is the number of bytes; reading a prompt is limited by arithmetic instead, so
-there a layer is unpacked to bfloat16, which costs little beside the product, and multiplied as any other.
+reads every weight once, so its time is the number of bytes, and it is multiplied in float32. Several are limited by
+arithmetic instead: they are rounded to 8 bits, 32 numbers sharing a scale, and those of a group that hides its others
+behind an outlier to 16 (as LLM.int8() does with columns; Dettmers et al., 2022). On SmolLM2, logits are then nearer to
+those of float32 than by bfloat16. Where the processor has no such products (AVX-512 VNNI), and where gradients are
+wanted, a layer is unpacked to bfloat16 instead and multiplied as any other.
 
 `quantized.c` describes the layout, in which 16 rows lie side by side. Nothing is rounded on the way into it.
 """
@@ -32,6 +35,11 @@ class MatrixStruct(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
     )
+
+
+def fast_integers(library: ctypes.CDLL) -> bool:
+    """Whether this processor multiplies 8-bit integers fast, as quantized.c was compiled for it."""
+    return bool(ctypes.c_int.in_dll(library, "fast_integers").value)
 
 
 def can_pack(*tensors: GGUFTensor) -> bool:
@@ -77,6 +85,19 @@ class PackedMatrix:
         )
         return y
 
+    def times_all(self, x: Float[Tensor, "vectors columns"]) -> Float[Tensor, "vectors rows"]:
+        """The products with several vectors, which are rounded to 8 bits (in part to 16).
+
+        Raises:
+            MemoryError: there is not enough of it.
+        """
+        x, matrix = x.float().contiguous(), self.struct()
+        y = torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y))
+        if self.library.matmul(ctypes.byref(matrix), *pointers, ctypes.c_int64(len(x)), torch.get_num_threads()):
+            raise MemoryError(f"not enough memory to multiply {len(x)} vectors of {self.columns}")
+        return y
+
     def take(self, rows: Int[Tensor, "..."]) -> Float[Tensor, "... columns"]:
         """Some rows, unpacked exactly."""
         tiles = self.data[rows // LANES].flatten(0, -3)  # (n, groups, bytes)
@@ -95,16 +116,19 @@ class PackedMatrix:
 
 
 class QuantizedLinear(nn.Module):
-    """y = W x: for one vector in float32, for more of them W is unpacked to bfloat16."""
+    """y = W x: for one vector in float32, for more of them by 8-bit integers, or else W is unpacked to bfloat16."""
 
     def __init__(self, matrix: PackedMatrix):
         super().__init__()
         self.matrix = matrix
 
     def forward(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
-        alone = x.numel() == x.shape[-1] == self.matrix.columns
-        if alone and native.serves(x) and not (torch.is_grad_enabled() and x.requires_grad):
-            return self.matrix.times(x.flatten()).view(*x.shape[:-1], -1)
+        fits = x.shape[-1] == self.matrix.columns and x.numel()
+        if fits and native.serves(x) and not (torch.is_grad_enabled() and x.requires_grad):
+            if x.numel() == x.shape[-1]:
+                return self.matrix.times(x.flatten()).view(*x.shape[:-1], -1)
+            if fast_integers(self.matrix.library):
+                return self.matrix.times_all(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
         return x.bfloat16() @ self.matrix.transposed()
 
 

@@ -54,6 +54,7 @@ class Entry:
         note_zh: the same in Chinese.
         needs: ids of the entries to understand first.
         system: dotted name of the module that runs it; None while nothing does.
+        shown_by: id of another entry whose system, and whose report, show what this one explains; else None.
         minutes: training time of the system's laptop preset on two CPU cores.
     """
 
@@ -69,6 +70,7 @@ class Entry:
     note_zh: str
     needs: tuple[str, ...]
     system: str | None = None
+    shown_by: str | None = None
     minutes: float | None = None
 
 

@@ -24,9 +24,10 @@ WORDS = {
         "heading": "Canon: the AI Canon, running",
         "totals": "{entries} entries, {systems} run",
         "reproduced_of": ", {reproduced} of {claims} claims reproduced",
-        "legend": "{runs} runs (training time on two CPU cores, claims reproduced)   {reads} to read\n"
+        "legend": "{runs} runs (minutes on two cores, claims reproduced)  {shown} shown by another  {reads} to read\n"
         "canon show NAME tells more of each",
         "silent": "Nothing of it runs here yet.",
+        "shown": "{name} shows it from the inside: canon run {name}, then open the report.",
         "links": "Links",
         "first": "Understand first",
         "then": "Leads to",
@@ -47,9 +48,10 @@ WORDS = {
         "heading": "Canon：让 AI Canon 运行起来",
         "totals": "共 {entries} 条，{systems} 条可运行",
         "reproduced_of": "，{claims} 条论断中 {reproduced} 条已复现",
-        "legend": "{runs} 可运行（两个 CPU 核上的训练时间、已复现的论断）   {reads} 供阅读\n"
+        "legend": "{runs} 可运行（两个 CPU 核上的训练时间、已复现的论断）   {shown} 由其他条目展示   {reads} 供阅读\n"
         "canon show NAME 查看每条详情",
         "silent": "尚无可运行的部分。",
+        "shown": "{name} 从内部展示它：运行 canon run {name}，再打开报告。",
         "links": "链接",
         "first": "先读",
         "then": "之后可读",
@@ -71,7 +73,7 @@ WORDS = {
         "error": "出错",
     },
 }
-RUNS, READS = "●", "○"
+RUNS, SHOWN, READS = "●", "◐", "○"
 
 
 def map_page(section: str | None = None, lang: str = "en", runs: str | Path = "runs") -> "RenderableType":
@@ -106,7 +108,7 @@ def map_page(section: str | None = None, lang: str = "en", runs: str | Path = "r
             if heading.depth:
                 parts += [Text(), Text("  " + _path(heading, lang), "bold", no_wrap=True, overflow="ellipsis")]
             parts.append(_rows(rows, claims, lang, id_width))
-    parts += [Text(), Text(words["legend"].format(runs=RUNS, reads=READS), "dim")]
+    parts += [Text(), Text(words["legend"].format(runs=RUNS, shown=SHOWN, reads=READS), "dim")]
     return Constrain(Group(*parts), MAX_WIDTH)
 
 
@@ -140,7 +142,8 @@ def show_page(entry: Entry, lang: str = "en", runs: str | Path = "runs") -> "Ren
     block(words["first"], [_reference(catalog.find(name), lang) for name in facts["needs"]])
     block(words["then"], [Text(", ".join(facts["needed_by"]))] if facts["needed_by"] else [])
     if not entry.system:
-        parts += [Text(), Text(words["silent"], "dim")]
+        shown = Text(words["shown"].format(name=entry.shown_by)) if entry.shown_by else Text(words["silent"], "dim")
+        parts += [Text(), shown]
         return Constrain(Group(*parts), MAX_WIDTH)
     claims = status.claims(entry, runs)
     counts = {"claims": len(claims), "reproduced": _reproduced(claims)}
@@ -267,7 +270,7 @@ def _link(label: str, url: str) -> "Text":
 def _mark(entry: Entry) -> "Text":
     from rich.text import Text
 
-    return Text(RUNS, "green") if entry.system else Text(READS, "dim")
+    return Text(RUNS, "green") if entry.system else Text(SHOWN, "green") if entry.shown_by else Text(READS, "dim")
 
 
 def _title(row: Entry | Section, lang: str) -> str:

@@ -77,9 +77,18 @@ def verdicts(**arguments):
 def test_map_names_everything_within_the_width(lang, width):
     lines = render(map_page(lang=lang), width).splitlines()
     assert max(map(cell_len, lines)) <= width
-    rows = {line.split()[1]: line.split()[0] for line in lines if line.split()[:1] in (["●"], ["○"])}
+    rows = {line.split()[1]: line.split()[0] for line in lines if line.split()[:1] in (["●"], ["◐"], ["○"])}
     for entry in ENTRIES:
-        assert rows[entry.id] == ("●" if entry.system else "○")
+        assert rows[entry.id] == ("●" if entry.system else "◐" if entry.shown_by else "○")
+
+
+def test_what_another_system_shows_says_which():
+    for entry in ENTRIES:
+        if entry.shown_by:
+            assert catalog.find(entry.shown_by).system
+            assert not entry.system
+            assert f"canon run {entry.shown_by}" in " ".join(render(show_page(entry)).split())
+    assert catalog.find("illustrated_diffusion").shown_by == "latent_diffusion"
 
 
 def test_map_of_a_section():

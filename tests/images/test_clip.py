@@ -56,6 +56,20 @@ def captions(rows: int, vocab_size: int, length: int) -> Tensor:
     return tokens
 
 
+def program(tensors: dict[str, Tensor]) -> torch.jit.ScriptModule:
+    """A TorchScript program with these tensors, as OpenAI released its models."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        module = root
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(last, tensor)
+    return torch.jit.script(root)
+
+
 def randomise(model: nn.Module) -> None:
     for p in model.parameters():
         nn.init.normal_(p, mean=float(p.dim() == 1) * 0.5, std=0.2)
@@ -130,8 +144,11 @@ def test_outputs_loss_and_gradients_equal_open_clip(kind: str, tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors")
     torch.save(tensors, tmp_path / "model.pt")
     ours, _ = clip.from_pretrained(tmp_path / "model.safetensors")
-    other, _ = clip.from_pretrained(tmp_path / "model.pt")
-    assert all(map(torch.equal, ours.state_dict().values(), other.state_dict().values()))
+    settings = {"input_resolution": torch.tensor(TINY[kind]["image_size"]), "vocab_size": torch.tensor(7)}
+    torch.jit.save(program(tensors | settings), tmp_path / "released.pt")
+    for name in ("model.pt", "released.pt"):
+        other, _ = clip.from_pretrained(tmp_path / name)
+        assert all(map(torch.equal, ours.state_dict().values(), other.state_dict().values()))
     pixels, tokens = inputs(TINY[kind]["image_size"])
     ours.image.double()
     ours.image_projection.double()
@@ -206,7 +223,7 @@ def test_other_models_are_refused(huggingface, tmp_path):
     refused({"text_config": settings["text_config"] | {"intermediate_size": 99}}, "intermediate_size")
     refused({"text_config": settings["text_config"] | {"eos_token_id": 7}}, "end with another token")
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "program.pt")
-    with pytest.raises(UserError, match="TorchScript program"):
+    with pytest.raises(UserError):  # it is no CLIP, and there is no config.json beside it
         clip.from_pretrained(tmp_path / "program.pt")
     save_file({"visual.conv1.weight": torch.zeros(4, 3, 2, 2)}, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match="not a whole CLIP"):

@@ -1,7 +1,6 @@
 """Released weights: the names of OpenAI's archives and of Hugging Face's layout, and ours."""
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,9 +150,10 @@ def from_pretrained(source: str | Path) -> tuple[CLIP, BPETokenizer | None]:
 
     Args:
         source: a folder of ours; one in Hugging Face's layout, or such a repository on its hub
-            (``openai/clip-vit-base-patch32``); or a file of tensors under OpenAI's names (``.safetensors``, or a plain
-            ``.pt`` of a state dict), to which :func:`published_tokenizer` belongs. LAION's models have the same names
-            and sizes but another activation, which such a file does not tell: they are not for this function.
+            (``openai/clip-vit-base-patch32``); or a file of tensors under OpenAI's names (its released archives such
+            as ``RN50.pt``, of which the program is not run; ``.safetensors``; a ``.pt`` of a state dict), to which
+            :func:`published_tokenizer` belongs. LAION's models have the same names and sizes but another activation,
+            which such a file does not tell: they are not for this function.
 
     Raises:
         UserError: there is nothing there, it is damaged, or it is another model.
@@ -162,7 +162,7 @@ def from_pretrained(source: str | Path) -> tuple[CLIP, BPETokenizer | None]:
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and "system" in load_config(path):
         model, _ = load_pretrained(path, "clip", Config, CLIP, {}, config_from_settings)
-    elif path.is_file() and "visual.conv1.weight" in (tensors := _tensors(path)):
+    elif path.is_file() and "visual.conv1.weight" in (tensors := load_tensors(path)):
         model = _empty(config_from_shapes(tensors, str(path)))
         names = OPENAI_VIT_NAMES if "visual.proj" in tensors else OPENAI_RESNET_NAMES
         load_weights(model, tensors, names, what=f"{path}, loaded as 'clip',")
@@ -176,18 +176,6 @@ def from_pretrained(source: str | Path) -> tuple[CLIP, BPETokenizer | None]:
 def _empty(config: Config) -> CLIP:
     with no_initialisation():
         return CLIP(config)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file; those of a program are not read, since that would run it."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            program = any("/code/" in name for name in archive.namelist())
-        if program:
-            raise UserError(
-                f"{path} is a TorchScript program: if you trust it, save its state_dict() as safetensors and give that"
-            )
-    return load_tensors(path)
 
 
 def config_from_shapes(tensors: Mapping[str, Tensor], what: str = "the checkpoint") -> Config:

@@ -6,7 +6,8 @@ import json
 import shlex
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, get_type_hints
@@ -42,11 +43,12 @@ class RunOptions:
 def run_system(arguments: list[str]) -> None:
     """Train a preset, sample from it, verify the quick claims, and write the report."""
     module, options, run, model = _train(arguments, "run")
-    sample = _shown(module.sample(model, run), run)
-    run.report()  # the claims take a while, and Ctrl-C may end them
-    records = _verified(module, quick=True, options=options)
-    run.claims(records)
-    report = run.report()
+    with _going_on(run, options, "run"):
+        sample = _shown(module.sample(model, run), run)
+        run.report()  # the claims take a while, and Ctrl-C may end them
+        records = _verified(module, quick=True, options=options)
+        run.claims(records)
+        report = run.report()
     last = {key: value for row in run.metrics() for key, value in row.items()}
     if options.json:
         claims = {record.claim: record.verdict for record in records}
@@ -76,7 +78,6 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
     from canon.core.lab.files import read_json
     from canon.core.lab.run import Run
     from canon.core.training import distributed
-    from canon.core.training.fit import Interrupted
 
     device.use_device(options.device)
     if options.resume:
@@ -93,13 +94,8 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
     if run.leader and not options.json:
         print(f"run      {run.path}", file=sys.stderr)
     try:
-        model = module.train(config, run)
-    except Interrupted as stop:
-        run.report()
-        if run.leader:
-            again = f"canon {command} {options.system} --resume --name {run.name}{_root_option(options.root)}"
-            print(f"\ncanon: {stop}. Go on with:  {again}", file=sys.stderr)
-        sys.exit(130)
+        with _going_on(run, options, command):
+            model = module.train(config, run)
     except UserError:
         if new and run.leader and not any(run.path.rglob("metrics.jsonl")):  # nothing began
             shutil.rmtree(run.path)
@@ -112,6 +108,21 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
     if processes > 1:  # this one holds its shard only
         model, *_ = module.from_pretrained(run.path / "model")
     return module, options, run, model
+
+
+@contextmanager
+def _going_on(run: Any, options: RunOptions, command: str) -> Iterator[None]:
+    """Say how to go on with a run that Ctrl-C (anywhere) or SIGTERM (while it learns) stops."""
+    from canon.core.training.fit import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        run.report()
+        if run.leader:
+            again = f"canon {command} {options.system} --resume --name {run.name}{_root_option(options.root)}"
+            print(f"\ncanon: {stop if str(stop) else 'stopped'}. Go on with:  {again}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _options_and_config(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, Any]:

@@ -188,10 +188,16 @@ def test_ctrl_c_during_the_claims_leaves_a_report(capsys, in_folder, monkeypatch
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "_verified", stop)
-    code, _, _ = canon(capsys, "run", "gpt2", "--name", "x", "--steps", "1", *SMALL[2:])
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_verified", stop)
+        code, _, err = canon(capsys, "run", "gpt2", "--name", "x", "--steps", "1", *SMALL[2:])
     assert code == 130
+    assert "stopped. Go on with:  canon run gpt2 --resume --name x" in err
     assert (in_folder / "runs" / "gpt2" / "x" / "report.html").is_file()
+    monkeypatch.setattr(running, "_verified", lambda *_, **__: [])
+    code, out, _ = canon(capsys, "run", "gpt2", "--resume", "--name", "x")
+    assert code == 0
+    assert "report " in out
 
 
 def test_verify_computes_where_it_is_told(capsys, in_folder, monkeypatch):

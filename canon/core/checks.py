@@ -1,4 +1,6 @@
-"""What the numbers of a configuration must be."""
+"""What the numbers of a configuration, or of a command, must be."""
+
+import math
 
 from canon.core.errors import UserError
 
@@ -21,3 +23,20 @@ def at_least(config: object, least: int, *names: str) -> None:
                 raise UserError(f"{name} needs whole numbers of at least {least}, not {list(value)}")
         elif not value >= least:  # NaN, too
             raise UserError(f"{name} must be at least {least}, not {value}")
+
+
+def finite(least: float = -math.inf, **numbers: float) -> None:
+    """Refuse numbers that are infinite, none at all, or too small.
+
+    Args:
+        least: the smallest number that makes sense.
+        numbers: by name.
+
+    Raises:
+        UserError: one is not so.
+    """
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} must be a finite number, not {value}")
+        if value < least:
+            raise UserError(f"{name} must be at least {least:g}, not {value}")

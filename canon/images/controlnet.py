@@ -25,7 +25,6 @@ Run. `canon run controlnet`, on the model of shapes that comes with the reposito
 on one thread beside other work.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from canon.core.checks import finite
 from canon.core.data.images import SUFFIXES, PictureBatches, load_pictures, open_image, sheet, to_float, to_uint8
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
@@ -478,10 +478,10 @@ def sample(
         sampler: dpm, ddim, plms, heun or ddpm.
         seed: another seed, another picture.
     """
-    if count < 1:
-        raise UserError(f"count must be at least 1, not {count}")
-    if not math.isfinite(strength):
-        raise UserError(f"strength must be a finite number, not {strength}")
+    finite(1, count=count)
+    finite(strength=strength)
+    if drawn and not hint:
+        raise UserError("drawn says that a hint is a condition already: give one with --hint")
     size, kind = model.base.config.image_size, model.config.condition
     if hint:
         condition = open_image(hint, size)[None]

@@ -108,6 +108,9 @@ def test_names_of_no_picture(drawings: Path, name: str, capsys):
         (["--steps", "0"], "steps must be at least 1"),
         (["--image", "0.png", "--strength", "nan"], "strength"),
         (["--image", "0.png", "--strength", "inf"], "strength"),
+        (["--strength", "0.5"], "give one with --image"),
+        (["--image", "0.png", "--mask", "0.png", "--strength", "0.5"], "leave one out"),
+        (["--count", "0"], "count must be at least 1"),
     ],
 )
 def test_numbers_that_are_none_are_one_line(drawings: Path, words: list[str], said: str, capsys, monkeypatch):

@@ -289,7 +289,7 @@ INLINE void outer(const uint16_t *a, int64_t a_row, const u32 *b, int64_t b_row,
     memcpy(c, sum, sizeof sum);
 }
 
-// input <- softmax(q k^T / sqrt(d)) v, each token seeing the past and itself. scores: (length) and (QUERIES, length)
+// input <- softmax(q k^T / sqrt(d)) v, each token seeing the past and itself. scores, weights: room for (QUERIES, length).
 static void attend_all(const Model *m, const Prompt *p, float *scores, uint16_t *weights) {
     int64_t d = m->d_head, n_q = m->n_heads * d, group = m->n_heads / m->n_kv_heads;
 #pragma omp for collapse(2) schedule(dynamic)
@@ -375,6 +375,9 @@ int prefill(const Model *m, const float *x, const float *rotation, uint16_t *con
         memset(p.x + tokens * n, 0, (padded - tokens) * n * sizeof *p.x);
         memset(p.q + tokens * n_q, 0, (padded - tokens) * n_q * sizeof *p.q);
     }
+    Prompt last = p;  // of the last layer, all but the last tokens are keys and values only
+    last.past += padded - QUERIES, last.tokens -= padded - QUERIES, last.padded = last.part = QUERIES;
+    last.x += (padded - QUERIES) * n, last.q += (padded - QUERIES) * n_q;
 #pragma omp parallel num_threads(threads)
     {
         Tile *tiles = memory_for(2 * widest / GROUP, sizeof *tiles);
@@ -392,18 +395,19 @@ int prefill(const Model *m, const float *x, const float *rotation, uint16_t *con
             round_normed(m, &p, layer->attention_norm);
             query(m, &p, &layer->qkv, rotation, key, value, &s);
             pair_cache(m, &p, key, value);
-            attend_all(m, &p, scores, weights);
-            add_product(&p, &layer->out, p.input, &s);
-            round_normed(m, &p, layer->feed_forward_norm);
-            gate(m, &p, &layer->gate_up, &s);
-            add_product(&p, &layer->down, p.hidden, &s);
+            const Prompt *wanted = layer + 1 < m->layers + m->n_layers ? &p : &last;
+            attend_all(m, wanted, scores, weights);
+            add_product(wanted, &layer->out, p.input, &s);
+            round_normed(m, wanted, layer->feed_forward_norm);
+            gate(m, wanted, &layer->gate_up, &s);
+            add_product(wanted, &layer->down, p.hidden, &s);
         }
         free(tiles), free(y), free(scores), free(weights);
     }
     if (!failed) {
-        float last[n], sums[n / GROUP];
-        rms_norm(p.x + (tokens - 1) * n, m->final_norm, n, m->norm_eps, last, sums);
-        matvec(&m->head, last, logits, threads);
+        float normed[n], sums[n / GROUP];
+        rms_norm(p.x + (tokens - 1) * n, m->final_norm, n, m->norm_eps, normed, sums);
+        matvec(&m->head, normed, logits, threads);
     }
     free(p.x), free(p.q), free(p.keys), free(p.values), free_rows(p.input), free_rows(p.hidden);
     return failed;

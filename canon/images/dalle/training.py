@@ -8,6 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from canon.core.checks import finite
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, sheet, to_float
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
@@ -238,8 +239,7 @@ def sample(
         temperature: 1 samples from the model's distribution; less varies less.
         seed: another seed, another picture.
     """
-    if count < 1:
-        raise UserError(f"count must be at least 1, not {count}")
+    finite(1, count=count)
     if candidates and candidates < count:
         raise UserError(f"candidates must be at least count ({count}), not {candidates}")
     judge = views.clip_beside(run, clip)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from canon.core.checks import finite
 from canon.core.data.images import Augment, PictureBatches, Pictures, load_pictures, sheet
 from canon.core.device import generator
 from canon.core.errors import UserError
@@ -262,8 +263,7 @@ def sample(
         augmentation: noise put on each small picture before it is made larger, in [0, 1]: what it hides is drawn anew.
         seed: another seed, other pictures.
     """
-    if count < 1:
-        raise UserError(f"count must be at least 1, not {count}")
+    finite(1, count=count)
     c = model.config
     check_sampling(steps, guidance, augmentation, seed)
     text = embed([prompt] * count, load_encoder(c.text_encoder), c.text_length, model.statistics)

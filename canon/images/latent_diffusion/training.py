@@ -8,6 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from canon.core.checks import finite
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, open_image, sheet, to_float
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.device import generator
@@ -216,7 +217,7 @@ def sample(
     guidance: float = 4.0,
     sampler: SamplerName = "dpm",
     image: str = "",
-    strength: float = 0.6,
+    strength: float | None = None,
     mask: str = "",
     seed: int = 0,
 ) -> Image.Image:
@@ -231,21 +232,26 @@ def sample(
         guidance: weight of the prompt; 1 is none, more obeys better and varies less.
         sampler: dpm, ddim, plms, heun or ddpm.
         image: file of a picture to start from or, with a mask, to paint in.
-        strength: how much of the picture is drawn anew, in (0, 1].
+        strength: how much of the picture is drawn anew, in (0, 1]; 0.6 by default.
         mask: file of a picture that is white where the other is to be painted.
         seed: another seed, another picture.
     """
-    if count < 1:
-        raise UserError(f"count must be at least 1, not {count}")
+    finite(1, count=count)
     if mask and not image:
         raise UserError("a mask says where to paint in a picture: give one with --image")
+    if strength is not None and (mask or not image):
+        raise UserError(
+            "a strength says how much of a picture is drawn anew, and a mask already does: leave one out"
+            if mask
+            else "a strength says how much of a picture is drawn anew: give one with --image"
+        )
     tokenizer = load_clip_tokenizer(run.path / "model")
     size = model.config.image_size
     source = open_image(image, size) if image else None
     where = open_mask(mask, image, size) if mask else None
     states = generate(
         model, tokenizer, [prompt] * count, steps=steps, guidance=guidance, sampler=sampler, seed=seed, image=source,
-        strength=strength, mask=where,
+        strength=0.6 if strength is None else strength, mask=where,
     )  # fmt: skip
     pictures = model.decode(last(states))
     if source is not None and where is not None:

@@ -15,6 +15,7 @@ from canon.claims.language.llama import digest, reference
 from canon.core import native
 from canon.core.data import assets, text
 from canon.core.errors import UserError
+from canon.core.generation.cache import KVCache
 from canon.core.generation.decode import Sampling, generate
 from canon.core.generation.sampling import sample_with_log_probability
 from canon.core.hub import llama_layouts as layouts
@@ -232,16 +233,18 @@ def test_ours_saves_and_loads(tmp_path: Path):
 # --- GGUF and the packed path -----------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, kind: str, head: bool = False, **metadata: float) -> Path:
+def write_gguf(path: Path, kind: str, head: bool = False, heads: tuple[int, int] = (4, 2), **metadata: float) -> Path:
     """A small random LLaMA whose matrices are of one type."""
+    n_heads, n_kv_heads = heads
+    d_kv = 128 // n_heads * n_kv_heads
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(128)
     writer.add_block_count(2)
     writer.add_feed_forward_length(192)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_head_count(n_heads)
+    writer.add_head_count_kv(n_kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
     for key, value in metadata.items():
@@ -263,7 +266,7 @@ def write_gguf(path: Path, kind: str, head: bool = False, **metadata: float) -> 
     if head:
         add("output.weight", 96, 128)
     writer.add_tensor("output_norm.weight", rng.normal(1, 0.1, 128).astype(np.float32))
-    shapes = {"attn_q": (128, 128), "attn_k": (64, 128), "attn_v": (64, 128), "attn_output": (128, 128)}
+    shapes = {"attn_q": (128, 128), "attn_k": (d_kv, 128), "attn_v": (d_kv, 128), "attn_output": (128, 128)}
     shapes |= {"ffn_gate": (192, 128), "ffn_up": (192, 128), "ffn_down": (128, 192)}
     for i in range(2):
         for norm in ("attn_norm", "ffn_norm"):
@@ -349,8 +352,51 @@ def test_a_long_prompt_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monk
         whole = model(tokens, model.new_cache(1, 64), last_only=True)
         monkeypatch.setattr(fused, "PROMPT", 16)
         assert (model(tokens, model.new_cache(1, 64), last_only=True) - whole).abs().max() < 1e-3 * whole.std()
-        with pytest.raises(UserError, match="do not fit"):
-            model(torch.cat([tokens, tokens], 1), model.new_cache(1, 64), last_only=True)
+        cache = model.new_cache(1, 64)
+        with pytest.raises(UserError, match="100 tokens do not fit"):
+            model(torch.cat([tokens, tokens], 1), cache, last_only=True)
+        assert cache.filled == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [(4, 2), (2, 1), (1, 1)])  # of 32, 64 and 128
+def test_fused_reading_needs_no_particular_number_of_threads(tmp_path: Path, heads: tuple[int, int]):
+    path = write_gguf(tmp_path / "model.gguf", "Q4_1", heads=heads)
+    (model, _), (exact, _) = (llama.from_pretrained(path, precision) for precision in ("fast", "exact"))
+    model.fused._reads_prompts = True
+    tokens, before, results = torch.randint(96, (1, 45)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                results.append(model(tokens, model.new_cache(1, 64), last_only=True))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+    expected = exact(tokens)[:, -1:]
+    assert (results[0] - expected).abs().max() < 0.1 * expected.std()
+
+
+@needs_compiler
+def test_what_c_does_not_serve_goes_to_pytorch(tmp_path: Path):
+    model, _ = llama.from_pretrained(write_gguf(tmp_path / "model.gguf", "Q4_1"), "fast")
+    model.fused._reads_prompts = True
+    tokens, c = torch.randint(96, (1, 9)), model.config
+    with torch.inference_mode():
+        expected = model(tokens)[:, -1:].float()
+        for empty in (tokens[:, :0], tokens[:0]):
+            assert model.fused(empty, model.new_cache(1, 64), True) is None
+        for dtype in (torch.float32, torch.float64):
+            cache = KVCache(c.n_layers, 1, c.n_kv_heads, 64, c.d_head, dtype)
+            assert model.fused(tokens, cache, True) is None
+            assert cache.filled == 0
+        longer = KVCache(c.n_layers, 1, c.n_kv_heads, 200, c.d_head, torch.bfloat16)
+        given = model(tokens, longer, last_only=True)
+        assert (given - expected).abs().max() < 0.1 * expected.std()
+        with pytest.raises(IndexError):  # there are 64 positions
+            model(torch.randint(96, (1, 60)), longer, last_only=True)
+        assert longer.filled == 9
 
 
 @needs_compiler

@@ -28,7 +28,7 @@ class Kind:
 
     Args:
         config: made from keyword arguments, which are the settings of `llama_layouts`.
-        model: made from a config; has ``set_rotations()``, and ``fused``, a decoder for single tokens or None.
+        model: made from a config; has ``set_rotations()``, and ``fused``, which is a `FusedDecoder` or None.
     """
 
     def __init__(self, config: type[Any], model: Callable[[Any], Any]):
@@ -42,8 +42,8 @@ def load_llama(source: str | Path, precision: Precision, kind: Kind) -> tuple[An
         source: a folder of ours, one in Hugging Face's or Meta's layout, a GGUF file, an asset
             (``smollm2-135m-instruct``), or a repository on the Hugging Face hub.
         precision: ``exact`` computes in float32. ``fast`` is for using the model: packed weights stay packed on a CPU
-            (see `canon.core.nn.fused`), prompts and other weights are in bfloat16 where that is faster; it differs
-            from ``exact`` where the two best logits are within rounding.
+            (see `canon.core.nn.fused`; what they multiply in prompts is rounded to 8 bits), other weights are in
+            bfloat16 where that is faster; it differs from ``exact`` where the two best logits are within rounding.
         kind: what to load into.
 
     Raises:

@@ -1,7 +1,7 @@
 // One token, or a prompt, through a decoder of LLaMA's architecture, in one parallel region.
 //
 // At batch 1 a token costs as much as reading the weights once, unless the pauses between some 500 PyTorch operations
-// come on top; here there are four barriers a layer. Names and order are those of canon/language/llama.
+// come on top; here there are five barriers a layer. Names and order are those of canon/language/llama.
 
 #include "quantized.c"
 
@@ -171,9 +171,9 @@ void decode(const Model *m, float *x, const float *rotation, uint16_t *const *me
 
 // ---- A prompt -------------------------------------------------------------------------------------------------------
 //
-// Here arithmetic is what takes time: inputs of products are rounded to 8 bits (see quantized.c), those of attention are
-// bfloat16. Each function below is one step of a layer; its loop is shared by the threads, which wait for each other at
-// its end.
+// Here arithmetic is what takes time: inputs of products are rounded to 8 bits (see quantized.c), those of attention
+// are bfloat16. Each function below is one step of a layer; its loop is shared by the threads, which wait for each other
+// at its end.
 
 #define QUERIES (2 * TOKENS)  // that attend together
 
@@ -182,8 +182,9 @@ typedef struct {
     int64_t past, tokens, padded, part, length, capacity;
     float *x;              // (padded, d_model)
     uint16_t *q;           // (padded, n_heads, d_head), bfloat16
-    u32 *keys, *values;    // pairs of bfloat16: (n_kv_heads, length / GROUP, d_head / 2, GROUP), (n_kv_heads, length / 2, d_head)
-    Rows input, hidden;    // of the products with qkv, out and gate_up, and with down
+    // pairs of bfloat16: (n_kv_heads, length / GROUP, d_head / 2, GROUP) and (n_kv_heads, length / 2, d_head)
+    u32 *keys, *values;
+    Vectors input, hidden; // of the products with qkv, out and gate_up, and with down
 } Prompt;
 
 typedef struct { Tile *tiles; f32 (*y)[2], (*z)[2]; } Scratch;  // of one thread
@@ -215,13 +216,14 @@ static inline int64_t part_size(const Prompt *p, int64_t from) {
     return p->padded - from < p->part ? p->padded - from : p->part;
 }
 // Two tiles of w times a part of the tokens.
-static void multiply(const Matrix *w, int64_t a, int64_t b, const Prompt *p, Rows x, int64_t from, Tile *tiles, f32 (*y)[2]) {
+static void multiply(const Matrix *w, int64_t a, int64_t b, const Prompt *p, Vectors x, int64_t from, Tile *tiles,
+                     f32 (*y)[2]) {
     two_tiles(w, a, b, x, from / TOKENS, part_size(p, from) / TOKENS, tiles, y);
 }
 
 // q, and new keys and values in the cache, from input: rotated by their position's angles.
-static void query(const Model *m, const Prompt *p, const Matrix *w, const float *rotation, uint16_t *key, uint16_t *value,
-                  const Scratch *s) {
+static void query(const Model *m, const Prompt *p, const Matrix *w, const float *rotation, uint16_t *key,
+                  uint16_t *value, const Scratch *s) {
     int64_t d = m->d_head, n_q = m->n_heads * d, n_k = m->n_kv_heads * d;
     float scale = 1 / sqrtf(d);
     FOR_PARTS_AND_ROWS(w->rows) {
@@ -237,15 +239,18 @@ static void query(const Model *m, const Prompt *p, const Matrix *w, const float 
                 }
             for (int i = 0; i < GROUP; i += LANES) {
                 f32 v = LOAD(row + i);
-                int64_t j = (r - n_q) % n_k + i;
-                uint16_t *cached = (r < n_q + n_k ? key : value) + (j / d * p->capacity + p->past + t) * d + j % d;
-                *(u16_any *)(r < n_q ? p->q + t * n_q + r + i : cached) = to_bf16(r < n_q ? v * scale : v);
+                if (r < n_q) *(u16_any *)(p->q + t * n_q + r + i) = to_bf16(v * scale);
+                else {
+                    int64_t j = (r - n_q) % n_k + i;
+                    uint16_t *memory = r < n_q + n_k ? key : value;
+                    *(u16_any *)(memory + (j / d * p->capacity + p->past + t) * d + j % d) = to_bf16(v);
+                }
             }
         }
     }
 }
 
-// keys and values from the cache: two neighbouring columns of GROUP keys side by side, and of values two neighbouring rows.
+// keys and values from the cache, in pairs: of neighbouring columns, GROUP keys side by side, and of neighbouring rows.
 static void pair_cache(const Model *m, const Prompt *p, const uint16_t *key, const uint16_t *value) {
     int64_t d = m->d_head, seen = p->past + p->tokens;
 #pragma omp for collapse(2)
@@ -273,8 +278,8 @@ INLINE f32 dot2(f32 sum, u32 a, u32 b) {
 #endif
 }
 
-// c (QUERIES, 2 vectors) = a (QUERIES, 2 * pairs) b (2 * pairs, 2 vectors); rows of a, and pairs of rows of b, are so far
-// apart.
+// c (QUERIES, 2 vectors) = a (QUERIES, 2 * pairs) b (2 * pairs, 2 vectors); a_row and b_row: how far rows of a, and
+// pairs of rows of b, are apart.
 INLINE void outer(const uint16_t *a, int64_t a_row, const u32 *b, int64_t b_row, int64_t pairs, f32 c[QUERIES][2]) {
     f32 sum[QUERIES][2] = {{{0}}};
     for (int64_t k = 0; k < pairs; k++, a += 2, b += b_row)
@@ -289,7 +294,7 @@ INLINE void outer(const uint16_t *a, int64_t a_row, const u32 *b, int64_t b_row,
     memcpy(c, sum, sizeof sum);
 }
 
-// input <- softmax(q k^T / sqrt(d)) v, each token seeing the past and itself. scores, weights: room for (QUERIES, length).
+// input <- softmax(q k^T / sqrt(d)) v, each token seeing the past and itself. scores and weights: (QUERIES, length).
 static void attend_all(const Model *m, const Prompt *p, float *scores, uint16_t *weights) {
     int64_t d = m->d_head, n_q = m->n_heads * d, group = m->n_heads / m->n_kv_heads;
 #pragma omp for collapse(2) schedule(dynamic)
@@ -301,7 +306,8 @@ static void attend_all(const Model *m, const Prompt *p, float *scores, uint16_t 
             f32 c[QUERIES][2];
             float total[QUERIES];
             for (int64_t t = 0; t < row; t += GROUP) {
-                outer(p->q + first * n_q + head * d, n_q, p->keys + memory + t * d / 2 / LANES, GROUP / LANES, d / 2, c);
+                const u32 *keys = p->keys + memory + t * d / 2 / LANES;
+                outer(p->q + first * n_q + head * d, n_q, keys, GROUP / LANES, d / 2, c);
                 for (int i = 0; i < QUERIES; i++) memcpy(scores + i * row + t, c[i], sizeof c[i]);
             }
             for (int i = 0; i < QUERIES; i++) {
@@ -346,7 +352,7 @@ static void gate(const Model *m, const Prompt *p, const Matrix *w, const Scratch
 }
 
 // x <- x + W input
-static void add_product(const Prompt *p, const Matrix *w, Rows input, const Scratch *s) {
+static void add_product(const Prompt *p, const Matrix *w, Vectors input, const Scratch *s) {
     FOR_PARTS_AND_ROWS(w->rows) {
         multiply(w, r / LANES, r / LANES + 1, p, input, from, s->tiles, s->y);
         for (int64_t i = 0; i < part_size(p, from); i++)
@@ -357,10 +363,10 @@ static void add_product(const Prompt *p, const Matrix *w, Rows input, const Scra
     }
 }
 
-// Args: as of `decode`, but for `tokens` tokens: x (tokens, d_model), rotation (tokens, d_head). logits are those of the
-// last one. Returns 0, or 1 if there is not enough memory.
-int prefill(const Model *m, const float *x, const float *rotation, uint16_t *const *memory, int64_t capacity, int64_t past,
-            int64_t tokens, float *logits, int threads) {
+// Args: as of `decode`, but for `tokens` tokens: x (tokens, d_model), rotation (tokens, d_head). logits are those of
+// the last one, or null where nobody asks. Returns 0, or 1 if there is not enough memory.
+int prefill(const Model *m, const float *x, const float *rotation, uint16_t *const *memory, int64_t capacity,
+            int64_t past, int64_t tokens, float *logits, int threads) {
     int64_t n = m->d_model, n_q = m->n_heads * m->d_head, n_k = m->n_kv_heads * m->d_head, failed = 0;
     int64_t wide = n > n_q ? n : n_q, widest = m->d_ff > wide ? m->d_ff : wide;
     int64_t padded = (tokens + QUERIES - 1) / QUERIES * QUERIES, parts = (padded + PART - 1) / PART;
@@ -368,8 +374,8 @@ int prefill(const Model *m, const float *x, const float *rotation, uint16_t *con
     int64_t length = (past + tokens + GROUP - 1) / GROUP * GROUP;
     Prompt p = {past, tokens, padded, part, length, capacity, memory_for(padded * n, sizeof *p.x),
                 memory_for(padded * n_q, sizeof *p.q), memory_for(length * n_k, sizeof *p.q),
-                memory_for(length * n_k, sizeof *p.q), rows_for(padded, wide), rows_for(padded, m->d_ff)};
-    if (!p.x || !p.q || !p.keys || !p.values || !is_whole(p.input) || !is_whole(p.hidden)) failed = 1;
+                memory_for(length * n_k, sizeof *p.q), vectors_for(padded, wide), vectors_for(padded, m->d_ff)};
+    if (!p.x || !p.q || !p.keys || !p.values || !allocated(p.input) || !allocated(p.hidden)) failed = 1;
     else {
         memcpy(p.x, x, tokens * n * sizeof *x);
         memset(p.x + tokens * n, 0, (padded - tokens) * n * sizeof *p.x);
@@ -404,11 +410,11 @@ int prefill(const Model *m, const float *x, const float *rotation, uint16_t *con
         }
         free(tiles), free(y), free(scores), free(weights);
     }
-    if (!failed) {
+    if (!failed && logits) {
         float normed[n], sums[n / GROUP];
         rms_norm(p.x + (tokens - 1) * n, m->final_norm, n, m->norm_eps, normed, sums);
         matvec(&m->head, normed, logits, threads);
     }
-    free(p.x), free(p.q), free(p.keys), free(p.values), free_rows(p.input), free_rows(p.hidden);
+    free(p.x), free(p.q), free(p.keys), free(p.values), free_vectors(p.input), free_vectors(p.hidden);
     return failed;
 }

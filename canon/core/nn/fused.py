@@ -20,7 +20,8 @@ from canon.core.nn.quantized import MatrixStruct, PackedMatrix, fast_integers
 P, N = ctypes.c_void_p, ctypes.c_int64
 NORMS, MATRICES = ("attention_norm", "feed_forward_norm"), ("qkv", "out", "gate_up", "down")
 PROMPT = 512
-"""Tokens that are read at once, at most: the working memory grows with them, and is 10 MB for SmolLM2."""
+"""Tokens that are read at once, at most: the working memory grows with them (5 MB for SmolLM2, and 1 KB for each token
+of the past)."""
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 
 
@@ -55,8 +56,8 @@ def library() -> ctypes.CDLL | None:
 class FusedDecoder:
     """A decoder for one row of tokens.
 
-    Weights are never rounded; keys and values are bfloat16, all else is float32. In prompts, queries are bfloat16, too,
-    and inputs of the products are rounded to 8 bits, see `canon.core.nn.quantized`.
+    Weights are never rounded; keys and values are bfloat16, all else is float32. In prompts, queries and attention's
+    weights are bfloat16, too, and inputs of the products are rounded to 8 bits, see `canon.core.nn.quantized`.
 
     Args:
         compiled: of :func:`library`.
@@ -95,31 +96,36 @@ class FusedDecoder:
     def __call__(
         self, tokens: Int[Tensor, "batch time"], cache: KVCache, last_only: bool = False
     ) -> Float[Tensor, "1 1 vocab"] | None:
-        """Logits of the token after ``tokens``, which are added to the cache (of bfloat16).
+        """Logits of the token after ``tokens``, which are added to the cache.
 
-        None, and nothing added, where PyTorch is what to compute with: several rows, the logits of every position of a
-        prompt, or a prompt on a processor without fast products of integers.
+        None, and nothing added, where PyTorch is what to compute with: several rows or none, a cache of another type,
+        more positions than there are, the logits of every position of a prompt, or a prompt on a processor without fast
+        products of integers.
 
         Raises:
             UserError: the tokens do not fit into the cache.
             MemoryError: there is not enough memory for the prompt.
         """
-        alone = tokens.shape[1] == 1
-        if len(tokens) > 1 or not (alone or (last_only and self._reads_prompts)):
+        past, time = cache.filled, tokens.shape[1]
+        served = time == 1 or (last_only and self._reads_prompts)
+        if not served or not tokens.numel() or len(tokens) > 1:
             return None
+        memory = cache.reserve(time)
+        if memory[0].dtype != torch.bfloat16 or len(memory[0]) > 1 or past + time > len(self._rotation):
+            return None
+        pointers = (P * len(memory))(*[slot.data_ptr() for slot in memory])
         logits = torch.empty(1, 1, self._vocab_size, dtype=torch.float32, device="cpu")
+        threads, capacity = torch.get_num_threads(), memory[0].shape[2]
         for part in tokens.split(PROMPT, dim=1):
-            past, time = cache.filled, part.shape[1]
-            memory = cache.reserve(time)
-            pointers = (P * len(memory))(*[slot.data_ptr() for slot in memory])
-            x, rotation = self._embedding.take(part).contiguous(), self._rotation[past : past + time]
-            threads, capacity = torch.get_num_threads(), memory[0].shape[2]
-            first = ctypes.byref(self._model), x.data_ptr(), rotation.data_ptr(), pointers, capacity, past
-            if alone:
-                self._decode(*first, logits.data_ptr(), threads)
-            elif self._prefill(*first, time, logits.data_ptr(), threads):
-                raise MemoryError(f"not enough memory to read {time} tokens behind {past}")
-            cache.advance(time)
+            x, rotation = self._embedding.take(part).contiguous(), self._rotation[past:]
+            arguments = ctypes.byref(self._model), x.data_ptr(), rotation.data_ptr(), pointers, capacity, past
+            past, size = past + part.shape[1], part.shape[1]
+            wanted = logits.data_ptr() if past == cache.filled + time else None
+            if size == time == 1:
+                self._decode(*arguments, wanted, threads)
+            elif self._prefill(*arguments, size, wanted, threads):
+                raise MemoryError(f"not enough memory to read {time} tokens behind {cache.filled}")
+        cache.advance(time)
         return logits
 
 

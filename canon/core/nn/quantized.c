@@ -1,4 +1,4 @@
-// Products with block-quantised matrices: of a vector at the speed of memory, of many vectors at that of 8-bit integers.
+// Products with block-quantised matrices: of one vector at the speed of memory, of many at that of 8-bit integers.
 //
 // A GGUF row is a sequence of blocks of 32 weights. Here the same bytes lie transposed (see quantized.py): a tile is 16
 // rows, and for each group of 32 columns it holds the first 32-bit word of the 16 blocks, then the second, and so on.
@@ -150,16 +150,20 @@ void transpose_to_bf16(const Matrix *w, uint16_t *out, int threads) {
 typedef struct { float scale[TOKENS], sum[TOKENS]; int32_t q[TOKENS][GROUP / 4]; uint8_t outlier[8]; } Group;
 typedef struct { float scale[TOKENS]; int32_t q[TOKENS][GROUP / 4]; } Fine;
 // Both (blocks of TOKENS, columns / GROUP); outliers: of each block, how many groups have a second term, and which.
-typedef struct { Group *groups; Fine *fine; int32_t *outliers; } Rows;
+typedef struct { Group *groups; Fine *fine; int32_t *outliers; } Vectors;
 // Thirty-two columns of sixteen rows of a matrix: w = d q + m, q in unsigned bytes.
 typedef struct { f32 scale, minimum; u32 q[GROUP / 4]; } Tile;
 
-#ifdef __AVX512VNNI__
-const int fast_integers = 1;  // whether `dot4` is one instruction
-#define UNROLLED _Pragma("GCC unroll 12")
+// Whether what follows is fast: `dot4` is one instruction, and there are threads.
+#if defined(__AVX512VNNI__) && defined(_OPENMP)
+const int fast_integers = 1;
 #else
 const int fast_integers = 0;
-#define UNROLLED _Pragma("GCC unroll 1")  // nobody waits for it, but for the compiler
+#endif
+#ifdef __AVX512VNNI__
+#define UNROLLED _Pragma("GCC unroll 12")
+#else
+#define UNROLLED _Pragma("GCC unroll 1")  // slow in any case: more would only lengthen compiling
 #endif
 
 // sum + w0 x0 + w1 x1 + w2 x2 + w3 x3 of the unsigned bytes of w and the signed ones of x
@@ -184,12 +188,12 @@ INLINE void store_bytes(f32 low, f32 high, int32_t q[GROUP / 4]) {
 }
 
 // Round a group of vector t of a block; what is no number stays none, by the sum.
-INLINE void round_group(f32 low, f32 high, Rows to, int64_t index, int t) {
+INLINE void round_group(f32 low, f32 high, Vectors to, int64_t index, int t) {
     const float to_integer = 12582912.0f;
     Group *group = to.groups + index;
     f32 squares = low * low + high * high;
     float largest = vmost(vmax((f32)((u32)low & 0x7fffffff), (f32)((u32)high & 0x7fffffff)));
-    float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    float scale = largest / 127, inverse = largest > 0x1p-119f ? 127 / largest : 0;  // of smaller ones: infinite
     f32 a = low * inverse + to_integer, b = high * inverse + to_integer;
     f32 sum = (a - to_integer) + (b - to_integer);
     store_bytes(a, b, group->q[t]);
@@ -204,7 +208,7 @@ INLINE void round_group(f32 low, f32 high, Rows to, int64_t index, int t) {
 }
 
 // Once all groups are rounded: which have outliers.
-static void list_outliers(Rows x, int64_t columns, int64_t vectors) {
+static void list_outliers(Vectors x, int64_t columns, int64_t vectors) {
     int64_t groups = columns / GROUP;
 #pragma omp for
     for (int64_t block = 0; block < vectors / TOKENS; block++) {
@@ -213,7 +217,7 @@ static void list_outliers(Rows x, int64_t columns, int64_t vectors) {
         for (int64_t g = block * groups; g < (block + 1) * groups; g++) {
             const Group *group = x.groups + g;
             if (!memcmp(group->outlier, (uint8_t[TOKENS]){0}, TOKENS)) continue;
-            for (int t = 0; t < TOKENS; t++)  // 0 where nothing was stored
+            for (int t = 0; t < TOKENS; t++)  // 0 for vectors without one, whose `fine` is whatever memory held
                 x.fine[g].scale[t] = group->outlier[t] ? group->scale[t] / 254 : 0;
             list[++*list] = g - block * groups;
         }
@@ -256,8 +260,9 @@ INLINE void add_group(f32 total[TOKENS][2], const Tile *left, const Tile *right,
     }
 }
 
-// y (blocks * TOKENS, 2): the rows of tiles a and b times the vectors from block `first` on. memory: both tiles, unpacked.
-static void two_tiles(const Matrix *w, int64_t a, int64_t b, Rows x, int64_t first, int64_t blocks, Tile *memory,
+// y (blocks * TOKENS, 2): the rows of tiles a and b times the vectors from block `first` on; memory holds both tiles,
+// unpacked.
+static void two_tiles(const Matrix *w, int64_t a, int64_t b, Vectors x, int64_t first, int64_t blocks, Tile *memory,
                       f32 (*y)[2]) {
     int64_t groups = w->columns / GROUP;
     unpack_tile(w, a, memory);
@@ -287,19 +292,20 @@ static void two_tiles(const Matrix *w, int64_t a, int64_t b, Rows x, int64_t fir
 }
 
 static void *memory_for(int64_t count, int64_t size) { return aligned_alloc(64, (count * size + 63) / 64 * 64); }
-static Rows rows_for(int64_t vectors, int64_t columns) {  // vectors: a multiple of TOKENS
+static Vectors vectors_for(int64_t vectors, int64_t columns) {  // vectors: a multiple of TOKENS
     int64_t blocks = vectors / TOKENS, groups = columns / GROUP;
-    return (Rows){memory_for(blocks * groups, sizeof(Group)), memory_for(blocks * groups, sizeof(Fine)),
+    return (Vectors){memory_for(blocks * groups, sizeof(Group)), memory_for(blocks * groups, sizeof(Fine)),
                   memory_for(blocks * (1 + groups), sizeof(int32_t))};
 }
-static int is_whole(Rows x) { return x.groups && x.fine && x.outliers; }
-static void free_rows(Rows x) { free(x.groups), free(x.fine), free(x.outliers); }
+static int allocated(Vectors x) { return x.groups && x.fine && x.outliers; }
+static void free_vectors(Vectors x) { free(x.groups), free(x.fine), free(x.outliers); }
 
 // y (vectors, rows) = x (vectors, columns) W^T. Returns 0, or 1 if there is not enough memory.
 int matmul(const Matrix *w, const float *x, float *y, int64_t vectors, int threads) {
     int64_t padded = (vectors + TOKENS - 1) / TOKENS * TOKENS, groups = w->columns / GROUP, failed = 0;
-    Rows rows = rows_for(padded, w->columns);
-    if (!is_whole(rows)) failed = 1;
+    if (!vectors) return 0;
+    Vectors rounded = vectors_for(padded, w->columns);
+    if (!allocated(rounded)) failed = 1;
 #pragma omp parallel num_threads(threads)
     {
         int64_t part = padded < PART ? padded : PART, tiles = w->rows / LANES;
@@ -314,15 +320,16 @@ int matmul(const Matrix *w, const float *x, float *y, int64_t vectors, int threa
 #pragma omp for
             for (int64_t t = 0; t < padded; t++)
                 for (int64_t g = 0; g < groups; g++) {
-                    const float *from = x + (t < vectors ? t : 0) * w->columns + g * GROUP;  // the last block is filled up
-                    round_group(LOAD(from), LOAD(from + LANES), rows, t / TOKENS * groups + g, t % TOKENS);
+                    // the last block is filled up with the first vector
+                    const float *from = x + (t < vectors ? t : 0) * w->columns + g * GROUP;
+                    round_group(LOAD(from), LOAD(from + LANES), rounded, t / TOKENS * groups + g, t % TOKENS);
                 }
-            list_outliers(rows, w->columns, padded);
+            list_outliers(rounded, w->columns, padded);
 #pragma omp for collapse(2)
             for (int64_t from = 0; from < padded; from += part)
                 for (int64_t a = 0; a < tiles; a += 2) {
                     int64_t b = a + 1 < tiles ? a + 1 : a, to = from + part < padded ? from + part : padded;
-                    two_tiles(w, a, b, rows, from / TOKENS, (to - from) / TOKENS, memory, (f32(*)[2])products);
+                    two_tiles(w, a, b, rounded, from / TOKENS, (to - from) / TOKENS, memory, (f32(*)[2])products);
                     for (int64_t t = from; t < to && t < vectors; t++) {
                         STORE(y + t * w->rows + a * LANES, products[2 * (t - from)]);
                         STORE(y + t * w->rows + b * LANES, products[2 * (t - from) + (b > a)]);
@@ -331,6 +338,6 @@ int matmul(const Matrix *w, const float *x, float *y, int64_t vectors, int threa
         }
         free(memory), free(products);
     }
-    free_rows(rows);
+    free_vectors(rounded);
     return failed;
 }

@@ -3,9 +3,9 @@
 A block is a scale d (in Q4_1 also a minimum m), in float16, and 32 small integers q: w = d q + m. Decoding one token
 reads every weight once, so its time is the number of bytes, and it is multiplied in float32. Several are limited by
 arithmetic instead: they are rounded to 8 bits, 32 numbers sharing a scale, and those of a group that hides its others
-behind an outlier to 16 (as LLM.int8() does with columns; Dettmers et al., 2022). On SmolLM2, logits are then nearer to
-those of float32 than by bfloat16. Where the processor has no such products (AVX-512 VNNI), and where gradients are
-wanted, a layer is unpacked to bfloat16 instead and multiplied as any other.
+behind an outlier to 16 (as LLM.int8() does with columns; Dettmers et al., 2022). On SmolLM2, logits are then about as
+near to those of float32 as by bfloat16. Where the processor has no such products (AVX-512 VNNI), and where gradients
+are wanted, a layer is unpacked to bfloat16 instead and multiplied as any other.
 
 `quantized.c` describes the layout, in which 16 rows lie side by side. Nothing is rounded on the way into it.
 """
@@ -24,6 +24,7 @@ from canon.core.hub.gguf import GGUFTensor
 TYPES = {"Q4_1": (3, 20), "Q8_0": (8, 34)}
 """Type -> GGML's number of it, bytes of a block."""
 LANES, GROUP = 16, 32
+AT_ONCE = 1024  # vectors, so that float32 results of other types take little memory
 
 
 class MatrixStruct(ctypes.Structure):
@@ -86,17 +87,23 @@ class PackedMatrix:
         return y
 
     def times_all(self, x: Float[Tensor, "vectors columns"]) -> Float[Tensor, "vectors rows"]:
-        """The products with several vectors, which are rounded to 8 bits (in part to 16).
+        """The products with several vectors, which are rounded to 8 bits (in part to 16); of the type of ``x``.
 
         Raises:
             MemoryError: there is not enough of it.
         """
-        x, matrix = x.float().contiguous(), self.struct()
-        y = torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y))
-        if self.library.matmul(ctypes.byref(matrix), *pointers, ctypes.c_int64(len(x)), torch.get_num_threads()):
-            raise MemoryError(f"not enough memory to multiply {len(x)} vectors of {self.columns}")
-        return y
+        matrix, out = self.struct(), torch.empty(len(x), self.rows, dtype=x.dtype, device="cpu")
+        for given, kept in zip(x.split(AT_ONCE), out.split(AT_ONCE)):
+            given = given.float().contiguous()
+            y = kept if kept.dtype == torch.float32 else torch.empty(kept.shape, dtype=torch.float32, device="cpu")
+            pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (given, y))
+            if self.library.matmul(
+                ctypes.byref(matrix), *pointers, ctypes.c_int64(len(given)), torch.get_num_threads()
+            ):
+                raise MemoryError(f"not enough memory to multiply {len(given)} vectors of {self.columns}")
+            if y is not kept:
+                kept.copy_(y)
+        return out
 
     def take(self, rows: Int[Tensor, "..."]) -> Float[Tensor, "... columns"]:
         """Some rows, unpacked exactly."""
@@ -116,7 +123,9 @@ class PackedMatrix:
 
 
 class QuantizedLinear(nn.Module):
-    """y = W x: for one vector in float32, for more of them by 8-bit integers, or else W is unpacked to bfloat16."""
+    """y = W x: of one vector in float32, as which it is returned; of more by 8-bit integers, or else W is unpacked to
+    bfloat16, and they are of the type of x.
+    """
 
     def __init__(self, matrix: PackedMatrix):
         super().__init__()
@@ -128,8 +137,8 @@ class QuantizedLinear(nn.Module):
             if x.numel() == x.shape[-1]:
                 return self.matrix.times(x.flatten()).view(*x.shape[:-1], -1)
             if fast_integers(self.matrix.library):
-                return self.matrix.times_all(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
-        return x.bfloat16() @ self.matrix.transposed()
+                return self.matrix.times_all(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return (x.bfloat16() @ self.matrix.transposed()).to(x.dtype)
 
 
 class QuantizedEmbedding(nn.Module):

@@ -1,6 +1,7 @@
 """Products of several vectors with packed matrices, by 8-bit integers."""
 
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from canon.core import native
 from canon.core.hub.gguf import GGUF
-from canon.core.nn import fused
+from canon.core.nn import fused, quantized
 from canon.core.nn.quantized import PackedMatrix, QuantizedLinear
 
 COLUMNS = 96
@@ -35,8 +36,9 @@ def write(path: Path, kind: str, rows: int) -> tuple[Path, Tensor]:
 def matrix(request, tmp_path, tmp_path_factory):
     """A packed matrix and what it holds; the parameter is its type, its rows, and a processor if not this one."""
     kind, rows, *processor = request.param
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         if processor:
+            stack.callback(native.load_c.cache_clear)
             named = processor if platform.machine() == "x86_64" else []
             patch.setattr(native, "FLAGS", ((*named, "-fopenmp"),))
             patch.setattr(native, "cache_home", lambda: tmp_path_factory.getbasetemp() / processor[0])
@@ -45,8 +47,6 @@ def matrix(request, tmp_path, tmp_path_factory):
         assert library is not None
         path, dense = write(tmp_path / "w.gguf", kind, rows)
         yield PackedMatrix(GGUF(path).tensors["w"], library=library), dense
-    if processor:
-        native.load_c.cache_clear()
 
 
 def vectors(count: int) -> Tensor:
@@ -116,6 +116,27 @@ def test_what_is_no_number_stays_none_and_alone(matrix):
     wrong = packed.times_all(x).isfinite().logical_not()
     assert wrong[[4, 6]].all()
     assert not wrong[[0, 1, 2, 3, 5, 7, 8]].any()
+
+
+@pytest.mark.parametrize("matrix", NATIVE[:1] + OTHERS[-1:], indirect=True)
+@pytest.mark.parametrize("size", [1e-44, 3e-39, 1e-37, 1e-30, 1e30])
+def test_tiny_and_huge_numbers_are_numbers(matrix, size):
+    packed, dense = matrix
+    y, exact = packed.times_all(vectors(9) * size), vectors(9) @ dense.T
+    assert y.isfinite().all()
+    error = (y.double() / size - exact).abs().max()
+    assert error < (0.02 * exact.abs().max() if size > 1e-34 else 1.01 * exact.abs().max())  # the smallest become 0
+
+
+@pytest.mark.parametrize("matrix", NATIVE[:1], indirect=True)
+def test_many_vectors_are_multiplied_some_at_a_time(matrix, monkeypatch):
+    packed, _ = matrix
+    x = vectors(50)
+    whole = packed.times_all(x), packed.times_all(x.bfloat16())
+    monkeypatch.setattr(quantized, "AT_ONCE", 16)
+    assert torch.equal(packed.times_all(x), whole[0])
+    assert torch.equal(packed.times_all(x.bfloat16()), whole[1])
+    assert packed.times_all(x[:0]).shape == (0, 48)
 
 
 @pytest.mark.parametrize("matrix", NATIVE, indirect=True)

@@ -40,3 +40,19 @@ def finite(least: float = -math.inf, **numbers: float) -> None:
             raise UserError(f"{name} must be a finite number, not {value}")
         if value < least:
             raise UserError(f"{name} must be at least {least:g}, not {value}")
+
+
+def check_batch(count: int, batch_size: int, option: str = "--batch-size", what: str = "pictures") -> None:
+    """Refuse to learn from fewer pictures than a batch holds.
+
+    Args:
+        count: how many there are.
+        batch_size: how many a batch is to have.
+        option: of the command, which sets it.
+        what: they are.
+
+    Raises:
+        UserError: they do not fill it.
+    """
+    if count < batch_size:
+        raise UserError(f"{count} {what} do not fill a batch of {batch_size}: lower {option}")

@@ -484,7 +484,7 @@ def test_a_tenth_of_the_captions_is_dropped_in_every_stage(no_language_model):
 def test_too_few_pictures_name_the_option_of_their_stage(no_language_model):
     pictures, captions = training._corpus(TINY)
     recipe = dataclasses.replace(RECIPE, batch_size=10**6)
-    for stage, option in (("base", "batch_size"), ("first", "sr_batch_size"), ("last", "sr_batch_size")):
+    for stage, option in (("base", "--batch-size"), ("first", "--sr-batch-size"), ("last", "--sr-batch-size")):
         with pytest.raises(UserError, match=rf"do not fill a batch of 1000000: lower {option}$"):
             training.stage_batches(TINY, pictures, captions, recipe, stage)
 

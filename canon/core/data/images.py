@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from canon.core.checks import check_batch
 from canon.core.data import assets
 from canon.core.data.picture_files import opened, upright
 from canon.core.data.shapes import shapes, shorter
@@ -270,8 +271,7 @@ class PictureBatches:
         noise: tuple[int, ...] | None = None,
         empty: Int[Tensor, " length"] | None = None,
     ):
-        if batch_size > len(images):
-            raise UserError(f"{len(images)} pictures do not fill a batch of {batch_size}: lower batch_size")
+        check_batch(len(images), batch_size)
         self.images, self.tokens, self.batch_size, self.augment = images, tokens, batch_size, augment
         self.noise, self.empty, self.seed, self.position = noise, empty, seed, 0
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from canon.core.checks import check_batch
 from canon.core.data.images import Pictures, Style, emoji, load_pictures, to_float
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
@@ -81,11 +82,7 @@ class CaptionedBatches:
         self.seed, self.augment, self.position = seed, augment, 0
         numbers = np.unique(_sharing(tokens).numpy(), return_inverse=True)[1]
         self.groups = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
-        if len(self.groups) < batch_size:
-            raise UserError(
-                f"{len(self.groups)} pictures with captions of their own do not fill a batch of {batch_size}: "
-                "lower --batch-size"
-            )
+        check_batch(len(self.groups), batch_size, what="pictures with captions of their own")
 
     def __iter__(self) -> "CaptionedBatches":
         return self

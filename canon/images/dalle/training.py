@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from canon.core.checks import finite
+from canon.core.checks import check_batch, finite
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, sheet, to_float
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
@@ -188,9 +188,7 @@ def train_dvae(config: Config, run: Run) -> dict[str, Tensor]:
 def train(config: Config, run: Run) -> DALLE:
     """Train the dVAE, then the Transformer on its codes; goes on where the run was stopped."""
     pictures, held, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
-    if len(pictures.images) < config.training.batch_size:  # now rather than after the first stage
-        many, few = config.training.batch_size, len(pictures.images)
-        raise UserError(f"{few} pictures do not fill a batch of {many}: lower --batch-size")
+    check_batch(len(pictures.images), config.training.batch_size)  # now rather than after the first stage
     if run.leader:
         save_description(config, run.path / "model", system="dalle", tokenizer=tokenizer)
     first = train_dvae(config, run)

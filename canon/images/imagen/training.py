@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from canon.core.checks import finite
+from canon.core.checks import check_batch, finite
 from canon.core.data.images import Augment, PictureBatches, Pictures, load_pictures, sheet
 from canon.core.device import generator
 from canon.core.errors import UserError
@@ -149,10 +149,7 @@ def stage_batches(
     Raises:
         UserError: there are fewer pictures than a batch holds.
     """
-    if stage != "base" and recipe.batch_size > len(pictures.images):
-        raise UserError(
-            f"{len(pictures.images)} pictures do not fill a batch of {recipe.batch_size}: lower sr_batch_size"
-        )
+    check_batch(len(pictures.images), recipe.batch_size, "--batch-size" if stage == "base" else "--sr-batch-size")
     number, most = captions.index(), max(map(len, pictures.captions))
     numbers = torch.tensor([[number[ways[i % len(ways)]] for i in range(most)] for ways in pictures.captions])
     side = config.crop if stage == "last" else config.sizes[0 if stage == "base" else 1]

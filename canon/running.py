@@ -42,9 +42,10 @@ class RunOptions:
 
 def run_system(arguments: list[str]) -> None:
     """Train a preset, sample from it, verify the quick claims, and write the report."""
-    module, options, run, model = _train(arguments, "run")
+    module, options, config, run, model = _train(arguments, "run")
     with _going_on(run, options, "run"):
-        sample = _shown(module.sample(model, run), run)
+        prompt = (module.example(config),) if hasattr(module, "example") else ()  # of what this very run learned
+        sample = _shown(module.sample(model, run, *prompt), run)
         run.report()  # the claims take a while, and Ctrl-C may end them
         records = _verified(module, quick=True, options=options)
         run.claims(records)
@@ -64,7 +65,7 @@ def run_system(arguments: list[str]) -> None:
 
 def train_system(arguments: list[str]) -> None:
     """Train a preset, or go on with a run."""
-    _, options, run, _ = _train(arguments, "train")
+    _, options, _, run, _ = _train(arguments, "train")
     last = {key: value for row in run.metrics() for key, value in row.items()}
     if options.json:
         print_result({"run": str(run.path), "metrics": last}, True)
@@ -72,7 +73,7 @@ def train_system(arguments: list[str]) -> None:
         print(f"trained  {run.path}\nsample   canon sample {options.system} --run {run.path}")
 
 
-def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, Any, Any]:
+def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, Any, Any, Any]:
     module, options, config = _options_and_config(arguments, command)
     from canon.core import device
     from canon.core.lab.files import read_json
@@ -107,7 +108,7 @@ def _train(arguments: list[str], command: str) -> tuple[ModuleType, RunOptions, 
         sys.exit(0)
     if processes > 1:  # this one holds its shard only
         model, *_ = module.from_pretrained(run.path / "model")
-    return module, options, run, model
+    return module, options, config, run, model
 
 
 @contextmanager

@@ -200,6 +200,20 @@ def test_ctrl_c_during_the_claims_leaves_a_report(capsys, in_folder, monkeypatch
     assert "report " in out
 
 
+def test_a_run_samples_something_that_it_learned(capsys, in_folder, monkeypatch):
+    from canon.images import latent_diffusion
+
+    asked = []
+    monkeypatch.setattr(latent_diffusion, "train", lambda config, run: None)
+    monkeypatch.setattr(latent_diffusion, "sample", lambda model, run, prompt: asked.append(prompt) or "drawn")
+    monkeypatch.setattr(running, "_verified", lambda *_, **__: [])
+    for preset in ("laptop", "shapes"):
+        code, out, _ = canon(capsys, "run", "latent_diffusion", "--preset", preset, "--name", preset)
+        assert code == 0
+        assert "drawn" in out
+    assert asked == ["a red apple", "a large red star in the middle"]
+
+
 def test_verify_computes_where_it_is_told(capsys, in_folder, monkeypatch):
     from canon.core import device
 

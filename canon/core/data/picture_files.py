@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 
 from canon.core.errors import UserError
 
+EXAMPLES = {"emoji": "a red apple", "things": "a red apple", "shapes": "a large red star in the middle"}
+
 
 def opened(path: Path, largest: int) -> Image.Image:
     """A picture's file, of which only the head is read.
@@ -31,6 +33,18 @@ def opened(path: Path, largest: int) -> Image.Image:
     except Image.DecompressionBombError as error:  # which says "Image size (N pixels) exceeds ..."
         pixels = "".join(re.findall(r"\((\d+) pixels", str(error))) or "far too many"
     raise UserError(f"{path} has {pixels} pixels: reduce it to {largest >> 20} million")
+
+
+def example_caption(source: str) -> str:
+    """One of the captions that `canon.core.data.images.load_pictures` gives for this source; "" if there is none."""
+    if source in EXAMPLES:
+        return EXAMPLES[source]
+    try:
+        files = sorted(Path(source).expanduser().glob("*.txt"))
+        lines = (line.strip() for file in files for line in file.read_text("utf-8", "replace").splitlines())
+        return next(filter(None, lines), "")
+    except OSError:  # the folder may be gone since
+        return ""
 
 
 def upright(file: Image.Image) -> Image.Image:

@@ -43,8 +43,8 @@ all, the size in 97%.
 
 from canon.images.dalle.config import PRESETS, Config
 from canon.images.dalle.model import DALLE, generate_codes, generate_images, rank
-from canon.images.dalle.training import batches, build, sample, train
+from canon.images.dalle.training import batches, build, example, sample, train
 from canon.images.dalle.weights import from_pretrained, released_dvae
 
-__all__ = ["DALLE", "PRESETS", "Config", "batches", "build", "from_pretrained", "generate_codes", "generate_images",
-           "rank", "released_dvae", "sample", "train"]  # fmt: skip
+__all__ = ["DALLE", "PRESETS", "Config", "batches", "build", "example", "from_pretrained", "generate_codes",
+           "generate_images", "rank", "released_dvae", "sample", "train"]  # fmt: skip

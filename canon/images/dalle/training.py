@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from canon.core.checks import check_batch, finite
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, sheet, to_float
+from canon.core.data.picture_files import example_caption
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
 from canon.core.hub.pretrained import save_description
@@ -212,6 +213,11 @@ def train(config: Config, run: Run) -> DALLE:
             shown.load_state_dict(load_tensors(run.path / "model" / WEIGHTS_FILE))
         views.show(shown, captions, pictures, held, run)
     return model
+
+
+def example(config: Config) -> str:
+    """A prompt that shows what a model with this configuration has learned."""
+    return example_caption(config.data)
 
 
 def sample(

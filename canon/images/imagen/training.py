@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from canon.core.checks import check_batch, finite
 from canon.core.data.images import Augment, PictureBatches, Pictures, load_pictures, sheet
+from canon.core.data.picture_files import example_caption
 from canon.core.device import generator
 from canon.core.errors import UserError
 from canon.core.hub.pretrained import load_pretrained, save_description
@@ -232,6 +233,11 @@ def train(config: Config, run: Run) -> Imagen:
             shown.load_state_dict(load_tensors(run.path / "model" / WEIGHTS_FILE))
         views.show(shown, captions, pictures, run)
     return model
+
+
+def example(config: Config) -> str:
+    """A prompt that shows what a model with this configuration has learned."""
+    return example_caption(config.data)
 
 
 def sample(

@@ -38,12 +38,12 @@ Deviations. The first four are those of the small presets.
 Run. `canon run latent_diffusion`: 11 minutes on two threads, its report included (seed 0). The checkpoint learned
 longer (`--first-steps 1400 --steps 2600`, 18 minutes on one thread beside other work): of 160 emoji drawn by
 their names, with guidance 4, our CLIP gives 59% the right one of 547 names, and 87% among its first five. `--preset
-shapes`: 18 minutes likewise; with guidance 3 an oracle reads colour, form, place and size as asked off all of 200
-pictures.
+shapes`: 10 minutes on two threads beside other work; the checkpoint's 18 minutes were likewise on one, and with
+guidance 3 an oracle reads colour, form, place and size as asked off all of 200 of its pictures.
 """
 
 from canon.images.latent_diffusion.model import PRESETS, Config, LatentDiffusion
-from canon.images.latent_diffusion.training import batches, build, sample, train
+from canon.images.latent_diffusion.training import batches, build, example, sample, train
 from canon.images.latent_diffusion.weights import from_pretrained, load_base, load_base_of
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "LatentDiffusion",
     "batches",
     "build",
+    "example",
     "from_pretrained",
     "load_base",
     "load_base_of",

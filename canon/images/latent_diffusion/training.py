@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from canon.core.checks import finite
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, open_image, sheet, to_float
+from canon.core.data.picture_files import example_caption
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.device import generator
 from canon.core.errors import UserError
@@ -205,6 +206,11 @@ def open_mask(path: str, image: str, size: int) -> Float[Tensor, "1 size size"]:
     if not mask.any():
         raise UserError(f"nothing of the mask {path} is white, and white is what is painted: paint some of it white")
     return mask
+
+
+def example(config: Config) -> str:
+    """A prompt that shows what a model with this configuration has learned."""
+    return example_caption(config.data)
 
 
 def sample(

@@ -17,6 +17,7 @@ from canon.core.data.images import (
     to_float,
     to_uint8,
 )
+from canon.core.data.picture_files import example_caption
 from canon.core.errors import UserError
 
 
@@ -183,3 +184,12 @@ def test_a_sheet_shows_its_pictures_in_order():
     page = sheet(torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(3, 3, 2, 2), columns=2, scale=2, gap=1)
     assert page.size == (9, 9)
     assert [page.getpixel((0, 0)), page.getpixel((8, 0)), page.getpixel((0, 8))] == [(0,) * 3, (128,) * 3, (255,) * 3]
+
+
+def test_an_example_is_a_caption_of_its_source(tmp_path):
+    for source in ("things", "shapes"):
+        assert any(example_caption(source) in ways for ways in load_pictures(source, 16).captions)
+    assert example_caption(str(tmp_path / "gone")) == ""
+    (tmp_path / "b.txt").write_text("second\n")
+    (tmp_path / "a.txt").write_text("\n  first one \n another\n")
+    assert example_caption(str(tmp_path)) == "first one"

@@ -44,8 +44,8 @@ def run_system(arguments: list[str]) -> None:
     """Train a preset, sample from it, verify the quick claims, and write the report."""
     module, options, config, run, model = _train(arguments, "run")
     with _going_on(run, options, "run"):
-        prompt = (module.example(config),) if hasattr(module, "example") else ()  # of what this very run learned
-        sample = _shown(module.sample(model, run, *prompt), run)
+        prompt = module.example(config) if hasattr(module, "example") else ""  # of what this very run learned
+        sample = _shown(module.sample(model, run, *filter(None, [prompt])), run)
         run.report()  # the claims take a while, and Ctrl-C may end them
         records = _verified(module, quick=True, options=options)
         run.claims(records)
@@ -119,10 +119,10 @@ def _going_on(run: Any, options: RunOptions, command: str) -> Iterator[None]:
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        run.report()
         if run.leader:
             again = f"canon {command} {options.system} --resume --name {run.name}{_root_option(options.root)}"
             print(f"\ncanon: {stop if str(stop) else 'stopped'}. Go on with:  {again}", file=sys.stderr)
+        run.report()
         sys.exit(130)
 
 

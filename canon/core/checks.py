@@ -25,7 +25,7 @@ def at_least(config: object, least: int, *names: str) -> None:
             raise UserError(f"{name} must be at least {least}, not {value}")
 
 
-def finite(least: float = -math.inf, **numbers: float) -> None:
+def check_numbers(*, least: float = -math.inf, **numbers: float) -> None:
     """Refuse numbers that are infinite, none at all, or too small.
 
     Args:

@@ -39,7 +39,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from canon.core.checks import finite
+from canon.core.checks import check_numbers
 from canon.core.data.images import SUFFIXES, PictureBatches, load_pictures, open_image, sheet, to_float, to_uint8
 from canon.core.data.tokenizers import BPETokenizer
 from canon.core.errors import UserError
@@ -478,8 +478,8 @@ def sample(
         sampler: dpm, ddim, plms, heun or ddpm.
         seed: another seed, another picture.
     """
-    finite(1, count=count)
-    finite(strength=strength)
+    check_numbers(least=1, count=count)
+    check_numbers(strength=strength)
     if drawn and not hint:
         raise UserError("drawn says that a hint is a condition already: give one with --hint")
     size, kind = model.base.config.image_size, model.config.condition

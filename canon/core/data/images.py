@@ -16,7 +16,7 @@ from torch import Tensor
 
 from canon.core.checks import check_batch
 from canon.core.data import assets
-from canon.core.data.picture_files import opened, upright
+from canon.core.data.picture_files import SUFFIXES, opened, upright
 from canon.core.data.shapes import shapes, shorter
 from canon.core.errors import UserError, disk_errors, require
 
@@ -25,7 +25,6 @@ LANGUAGES = ("en", "de", "fr", "zh")
 THINGS = ("smileys & emotion", "animals & nature", "food & drink", "activities")
 DROPPED_CAPTIONS = 0.1  # as in Stable Diffusion and Imagen
 LARGEST = 64 << 20  # pixels of a picture that is opened
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 _ASSETS: dict[Style, str] = {"noto": "noto-emoji", "twemoji": "twemoji", "fluent": "fluent-emoji"}
 _VERSION = 1  # part of the name of cached drawings: raise it when what they hold changes

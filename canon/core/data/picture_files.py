@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from canon.core.errors import UserError
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 EXAMPLES = {"emoji": "a red apple", "things": "a red apple", "shapes": "a large red star in the middle"}
 
 
@@ -40,9 +41,9 @@ def example_caption(source: str) -> str:
     if source in EXAMPLES:
         return EXAMPLES[source]
     try:
-        files = sorted(Path(source).expanduser().glob("*.txt"))
-        lines = (line.strip() for file in files for line in file.read_text("utf-8", "replace").splitlines())
-        return next(filter(None, lines), "")
+        pictures = sorted(file for file in Path(source).expanduser().iterdir() if file.suffix.lower() in SUFFIXES)
+        words = (file.with_suffix(".txt").read_text("utf-8", "replace") for file in pictures)
+        return next((line.strip() for text in words for line in text.splitlines() if line.strip()), "")
     except OSError:  # the folder may be gone since
         return ""
 

@@ -25,8 +25,8 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint into CPU memory: name -> tensor.
 
     Args:
-        path: a `.safetensors` file, a PyTorch file (`.bin`, `.pt`, `.pth`; read with ``weights_only``, or a TorchScript
-            archive, of which the tensors are read and the program is not), or a folder
+        path: a `.safetensors` file; a PyTorch file (`.bin`, `.pt`, `.pth`, `.ckpt`), read with ``weights_only``, or, of
+            a TorchScript archive, its tensors alone; or a folder
             that holds ``model.safetensors``, its shards and their index, or ``pytorch_model.bin``.
 
     Raises:
@@ -155,11 +155,11 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    if is_torchscript(path):
-        try:
+    try:
+        if is_torchscript(path):
             return torchscript_tensors(path)
-        except Exception as error:  # as below
-            raise _damaged(path, error) from error
+    except Exception as error:  # damage is met with errors of every type
+        raise _damaged(path, error) from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets damage with errors of every type

@@ -24,7 +24,8 @@ from canon.core.hub.gguf import GGUFTensor
 TYPES = {"Q4_1": (3, 20), "Q8_0": (8, 34)}
 """Type -> GGML's number of it, bytes of a block."""
 LANES, GROUP = 16, 32
-AT_ONCE = 1024  # vectors, so that float32 results of other types take little memory
+AT_ONCE = 1024
+"""Vectors that are multiplied at once, so that results in float32 take little memory where another type is wanted."""
 
 
 class MatrixStruct(ctypes.Structure):
@@ -92,14 +93,13 @@ class PackedMatrix:
         Raises:
             MemoryError: there is not enough of it.
         """
-        matrix, out = self.struct(), torch.empty(len(x), self.rows, dtype=x.dtype, device="cpu")
+        matrix, threads = self.struct(), torch.get_num_threads()
+        out = torch.empty(len(x), self.rows, dtype=x.dtype, device="cpu")
         for given, kept in zip(x.split(AT_ONCE), out.split(AT_ONCE)):
             given = given.float().contiguous()
             y = kept if kept.dtype == torch.float32 else torch.empty(kept.shape, dtype=torch.float32, device="cpu")
             pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (given, y))
-            if self.library.matmul(
-                ctypes.byref(matrix), *pointers, ctypes.c_int64(len(given)), torch.get_num_threads()
-            ):
+            if self.library.matmul(ctypes.byref(matrix), *pointers, ctypes.c_int64(len(given)), threads):
                 raise MemoryError(f"not enough memory to multiply {len(given)} vectors of {self.columns}")
             if y is not kept:
                 kept.copy_(y)
@@ -123,8 +123,8 @@ class PackedMatrix:
 
 
 class QuantizedLinear(nn.Module):
-    """y = W x: of one vector in float32, as which it is returned; of more by 8-bit integers, or else W is unpacked to
-    bfloat16, and they are of the type of x.
+    """y = W x. One vector is multiplied in float32, and so is the result; several by 8-bit integers, or with W unpacked
+    to bfloat16, and their results are of the type of x.
     """
 
     def __init__(self, matrix: PackedMatrix):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from canon.core.checks import check_batch, finite
+from canon.core.checks import check_batch, check_numbers
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, sheet, to_float
 from canon.core.data.picture_files import example_caption
 from canon.core.data.tokenizers import BPETokenizer
@@ -189,6 +189,7 @@ def train_dvae(config: Config, run: Run) -> dict[str, Tensor]:
 def train(config: Config, run: Run) -> DALLE:
     """Train the dVAE, then the Transformer on its codes; goes on where the run was stopped."""
     pictures, held, tokenizer = corpus(config.data, config.image_size, config.vocab_size)
+    check_batch(len(pictures.images), config.first_batch_size, "--first-batch-size")
     check_batch(len(pictures.images), config.training.batch_size)  # now rather than after the first stage
     if run.leader:
         save_description(config, run.path / "model", system="dalle", tokenizer=tokenizer)
@@ -243,7 +244,7 @@ def sample(
         temperature: 1 samples from the model's distribution; less varies less.
         seed: another seed, another picture.
     """
-    finite(1, count=count)
+    check_numbers(least=1, count=count)
     if candidates and candidates < count:
         raise UserError(f"candidates must be at least count ({count}), not {candidates}")
     judge = views.clip_beside(run, clip)

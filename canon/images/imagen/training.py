@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from canon.core.checks import check_batch, finite
+from canon.core.checks import check_batch, check_numbers
 from canon.core.data.images import Augment, PictureBatches, Pictures, load_pictures, sheet
 from canon.core.data.picture_files import example_caption
 from canon.core.device import generator
@@ -266,7 +266,7 @@ def sample(
         augmentation: noise put on each small picture before it is made larger, in [0, 1]: what it hides is drawn anew.
         seed: another seed, other pictures.
     """
-    finite(1, count=count)
+    check_numbers(least=1, count=count)
     c = model.config
     check_sampling(steps, guidance, augmentation, seed)
     text = embed([prompt] * count, load_encoder(c.text_encoder), c.text_length, model.statistics)

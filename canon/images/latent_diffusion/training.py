@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from canon.core.checks import finite
+from canon.core.checks import check_numbers
 from canon.core.data.images import PictureBatches, Pictures, jitter, load_pictures, open_image, sheet, to_float
 from canon.core.data.picture_files import example_caption
 from canon.core.data.tokenizers import BPETokenizer
@@ -242,7 +242,7 @@ def sample(
         mask: file of a picture that is white where the other is to be painted.
         seed: another seed, another picture.
     """
-    finite(1, count=count)
+    check_numbers(least=1, count=count)
     if mask and not image:
         raise UserError("a mask says where to paint in a picture: give one with --image")
     if strength is not None and (mask or not image):

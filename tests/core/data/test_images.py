@@ -190,6 +190,9 @@ def test_an_example_is_a_caption_of_its_source(tmp_path):
     for source in ("things", "shapes"):
         assert any(example_caption(source) in ways for ways in load_pictures(source, 16).captions)
     assert example_caption(str(tmp_path / "gone")) == ""
-    (tmp_path / "b.txt").write_text("second\n")
-    (tmp_path / "a.txt").write_text("\n  first one \n another\n")
+    (tmp_path / "LICENSE.txt").write_text("of no picture\n")
+    for name, words in (("b", "second\n"), ("a", "\n  first one \n another\n")):
+        (tmp_path / f"{name}.txt").write_text(words)
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+    assert load_pictures(str(tmp_path), 16).captions[0][0] == "first one"
     assert example_caption(str(tmp_path)) == "first one"

@@ -508,6 +508,16 @@ def test_one_picture_in_twenty_is_held_out(monkeypatch):
     assert len(learned.images) == len(learned.captions) == 38
 
 
+def test_too_few_pictures_name_the_option_of_their_stage(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"a small {name} at the top")
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
+    for number, (first, option) in enumerate(((4, "--first-batch-size"), (1, "--batch-size"))):
+        config = replace(TINY, data=str(tmp_path), vocab_size=530, first_batch_size=first)
+        with pytest.raises(UserError, match=f"2 pictures do not fill a batch of 4: lower {option}$"):
+            dalle.train(config, Run.create("dalle", str(number), config, tmp_path / "runs"))
+
+
 def test_both_stages_train_and_the_report_shows_them(tmp_path, tokenizer, judge):
     root = tmp_path / "runs"
     clip_run = Run.create("clip", "one", judge.config, root)

@@ -38,8 +38,10 @@ Deviations. The first four are those of the small presets.
 Run. `canon run latent_diffusion`: 11 minutes on two threads, its report included (seed 0). The checkpoint learned
 longer (`--first-steps 1400 --steps 2600`, 18 minutes on one thread beside other work): of 160 emoji drawn by
 their names, with guidance 4, our CLIP gives 59% the right one of 547 names, and 87% among its first five. `--preset
-shapes`: 10 minutes on two threads beside other work; the checkpoint's 18 minutes were likewise on one, and with
-guidance 3 an oracle reads colour, form, place and size as asked off all of 200 of its pictures.
+shapes`: 10 minutes on two threads beside other work; of 200 pictures of the checkpoint (18 minutes on one), with
+guidance 3, an oracle reads colour, form, place and size as asked off all. Place is learned last, and not always: six
+trainings of the U-Net that differed in seed or in rounding had it right in 100, 100, 100, 85, 61 and 19% of 200, all
+else in 99.5% or more.
 """
 
 from canon.images.latent_diffusion.model import PRESETS, Config, LatentDiffusion
